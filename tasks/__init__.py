@@ -1,0 +1,62 @@
+"""Benchmarks: each task turns a language model at a URL into scores.
+
+A task is a frozen dataclass named by ``_target_`` in ``conf/suite/*.yaml``. It sees a URL and nothing else of the
+model: the same task runs on our own vLLM, on a cluster's, or on any OpenAI-compatible server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class LLM:
+    """A served language model.
+
+    url: base address without ``/v1``, e.g. ``http://127.0.0.1:8123``.
+    model: the name the server knows it by.
+    tokenizer: folder (or hub name) of its tokenizer, for tasks that count tokens.
+    max_model_len: prompt plus completion, in tokens.
+    """
+
+    url: str
+    model: str
+    tokenizer: str
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over ``n`` items in [0, 1] (or the metric's own unit) with its standard error."""
+
+    value: float
+    stderr: float
+    n: int
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one task found: its metrics, one row per item (JSON values only) and counts of degenerate outputs."""
+
+    metrics: Mapping[str, Metric]
+    samples: Sequence[Mapping[str, Any]]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A benchmark. ``identity`` is everything that determines its numbers except the model; it is hashed into keys."""
+
+    name: str
+
+    def check(self) -> None:
+        """Raise UserError, before any work, if the task cannot run on this machine (a file is missing, ...)."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """JSON values: tool version, digest of the task file and of the data, generation settings, limit."""
+
+    def score(self, llm: LLM, workdir: Path) -> Score:
+        """Score the model. Raises StageError for any failed, partial or non-finite result, never a smaller n."""
