@@ -1,0 +1,271 @@
+"""From a plan to a normal Hugging Face checkpoint, and the checks before anyone serves it.
+
+Export is a streaming rewrite of safetensors by name: kept tensors pass through bit for bit, dropped ones are left out,
+merged ones are averaged in float32. ``config.json`` is patched in place, never written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import tensors
+from harness.errors import UserError
+from harness.models import EXPERT_COUNT, Model, Role, role
+from harness.plan import LayerPlan, Plan, Source
+from harness.tensors import Entry, Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a plan leaves of a model. Three different numbers, because merged experts are copied in a stock checkpoint:
+
+    experts: written per layer in the checkpoint (one per router row). distinct: different experts per layer, mean
+    over layers. parameters, bytes: of the checkpoint as written. distinct_bytes: if each distinct expert were stored once.
+    """
+
+    experts: int
+    distinct: float
+    parameters: int
+    bytes: int
+    distinct_bytes: int
+
+
+def measure(model: Model, plan: Plan) -> Size:
+    """The size of the checkpoint `export` would write, from headers only."""
+    parameters = written = distinct = 0
+    for name, tensor in model.tensors.items():
+        here = role(name, tensor, model.experts)
+        layer = plan.layers.get(here.layer)
+        share, distinct_share = 1.0, 1.0
+        if layer is not None and here.kind != "other":
+            share = len(layer.kept_rows) / len(layer.routes)
+            distinct_share = share if here.kind == "router" else len(layer.slots) / len(layer.routes)
+        parameters += round(tensor.elements * share)
+        written += round(tensor.bytes * share)
+        distinct += round(tensor.bytes * distinct_share)
+    slots = list(plan.distinct_experts().values())
+    return Size(written_experts(plan), sum(slots) / len(slots), parameters, written, distinct)
+
+
+def written_experts(plan: Plan) -> int:
+    """The one expert count of a stock checkpoint. Raises UserError if layers differ."""
+    counts = set(plan.written_experts().values())
+    if len(counts) != 1:
+        raise UserError(
+            f"The plan leaves between {min(counts)} and {max(counts)} router rows per layer, and a stock checkpoint "
+            "has one expert count for all layers. Use a method or allocation with the same count in each layer."
+        )
+    return counts.pop()
+
+
+def export(model: Model, plan: Plan, folder: Path) -> None:
+    """Write the compressed model into the empty folder: tensors, patched config, tokenizer and whatever else lay there.
+
+    One output file per input file, in the memory of one tensor plus one layer's merged experts.
+    """
+    plan.validate(model.experts, model.top_k)
+    count = written_experts(plan)
+    writer = _Writer(model, plan)
+    names: dict[str, str] = {}
+    for file in dict.fromkeys(tensor.file for tensor in model.tensors.values()):
+        jobs = [
+            job for name, tensor in model.tensors.items() if tensor.file == file for job in writer.jobs(name)
+        ]
+        if jobs:
+            tensors.write(folder / file.name, [job.entry for job in jobs], writer.contents(jobs))
+        names |= {job.entry.name: file.name for job in jobs}
+    _copy_rest(model.folder, folder)
+    _patch_config(folder / "config.json", set(model.experts.values()), count)
+    if (model.folder / tensors.INDEX).exists():
+        total = sum(tensor.bytes for tensor in tensors_of(folder))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        (folder / tensors.INDEX).write_text(json.dumps(index, indent=2))
+
+
+def tensors_of(folder: Path) -> list[Tensor]:
+    return [
+        tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for tensor in tensors.read_header(file).values()
+    ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor to write: its header, and the old tensor(s) it is made of."""
+
+    entry: Entry
+    source: str
+    role: Role
+
+
+class _Writer:
+    """Turns old tensors into new ones by the plan."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        self.model = model
+        self.plan = plan
+        self.merged: dict[tuple[int, str], bytes] = {}  # of the layer being written: (slot, part) -> bytes
+        self.merged_layer = -1
+
+    def jobs(self, name: str) -> list[_Job]:
+        """The new tensors that stand where tensor ``name`` stood: one, or none if its expert is dropped."""
+        tensor = self.model.tensors[name]
+        here = role(name, tensor, self.model.experts)
+        layer = self.plan.layers.get(here.layer)
+        if layer is None or here.kind == "other":
+            return [_Job(Entry(name, tensor.dtype, tensor.shape, tensor.bytes), name, Role("other"))]
+        if here.kind == "expert":
+            if layer.routes[here.expert] is None:
+                return []
+            new = f"{here.prefix}{layer.kept_rows.index(here.expert)}.{here.part}"
+            return [_Job(Entry(new, tensor.dtype, tensor.shape, tensor.bytes), name, here)]
+        rows, count = len(layer.kept_rows), len(layer.routes)
+        shape = (rows, *tensor.shape[1:]) if tensor.shape[0] == count else (1, rows)
+        return [_Job(Entry(name, tensor.dtype, shape, tensor.bytes // count * rows), name, here)]
+
+    def contents(self, jobs: list[_Job]) -> Iterator[bytes]:
+        for job in jobs:
+            tensor, layer = self.model.tensors[job.source], self.plan.layers.get(job.role.layer)
+            if layer is None or job.role.kind == "other":
+                yield tensor.read()
+            elif job.role.kind == "expert":
+                yield self._expert(layer, job.role)
+            else:
+                yield self._rows(layer, job.role, tensor)
+
+    def _expert(self, layer: LayerPlan, here: Role) -> bytes:
+        slot = layer.routes[here.expert]
+        assert slot is not None
+        sources = layer.slots[slot]
+        tensor_of = {s.expert: self.model.tensors[f"{here.prefix}{s.expert}.{here.part}"] for s in sources}
+        if len(sources) == 1:
+            return tensor_of[sources[0].expert].read()
+        if self.merged_layer != here.layer:
+            self.merged, self.merged_layer = {}, here.layer
+        if (slot, here.part) not in self.merged:
+            parts = [(tensor_of[source.expert].read(), source.weight) for source in sources]
+            dtype = tensor_of[sources[0].expert].dtype
+            self.merged[slot, here.part] = weighted_mean(parts, dtype)
+        return self.merged[slot, here.part]
+
+    def _rows(self, layer: LayerPlan, here: Role, tensor: Tensor) -> bytes:
+        rowwise = Tensor(tensor.file, tensor.dtype, (len(layer.routes),), tensor.start, tensor.end)
+        if here.kind == "router":
+            return rowwise.read_rows(layer.kept_rows)
+        slots = [layer.slots[layer.routes[row]] for row in layer.kept_rows]  # type: ignore[index]
+        return b"".join(_mix_rows(rowwise, sources) for sources in slots)
+
+
+def _mix_rows(tensor: Tensor, sources: tuple[Source, ...]) -> bytes:
+    if len(sources) == 1:
+        return tensor.read_rows([sources[0].expert])
+    return weighted_mean([(tensor.read_rows([s.expert]), s.weight) for s in sources], tensor.dtype)
+
+
+def weighted_mean(parts: list[tuple[bytes, float]], dtype: str) -> bytes:
+    """Mean of equally long raw tensors with weights that sum to 1, added up in float32 and cast back once."""
+    import torch
+
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    if dtype not in kinds:
+        raise UserError(
+            f"Experts stored as {dtype} cannot be averaged. Merge a {', '.join(kinds)} checkpoint, or prune this one."
+        )
+    total = torch.zeros(())
+    for data, weight in parts:
+        total = total + weight * torch.frombuffer(bytearray(data), dtype=kinds[dtype]).float()
+    return total.to(kinds[dtype]).view(torch.uint8).numpy().tobytes()
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Config, tokenizer, chat template, licence: every small file but weights and their index."""
+    for file in sorted(source.iterdir()):
+        if (
+            file.is_file()
+            and file.suffix not in (".safetensors", ".bin", ".pt", ".pth")
+            and file.name != tensors.INDEX
+        ):
+            shutil.copy(file, target / file.name)
+
+
+def _patch_config(file: Path, old: set[int], new: int) -> None:
+    """Change the expert count in the text of config.json, under whichever names it stands, and nothing else."""
+    pattern = re.compile(r'("(?:' + "|".join(EXPERT_COUNT) + r')"\s*:\s*)(\d+)')
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}{new}" if int(match[2]) in old else match[0]
+
+    text = file.read_text()
+    patched = pattern.sub(replace, text)
+    if patched != text:
+        file.write_text(patched)
+
+
+def verify(folder: Path, source: Model) -> None:
+    """Raise UserError unless the checkpoint is whole: vLLM loads many broken ones silently and serves nonsense.
+
+    Checked: headers and file lengths; every tensor that is no expert's or router's is there as in ``source``; experts of
+    each layer numbered 0..E-1 with the same parts and shapes; E as config.json says; routers of E rows; finite values.
+    """
+    written = Model(folder.name, str(folder))
+    if written.experts.keys() != source.experts.keys():
+        raise UserError(
+            f"{folder} has experts in layers {sorted(written.experts)}, not in {sorted(source.experts)}."
+        )
+    if (missing := _others(source) - _others(written)) or (missing := _others(written) - _others(source)):
+        raise UserError(
+            f"{folder}: tensors differ from the original's in name or shape: {sorted(missing)[:5]}."
+        )
+    for layer, count in written.experts.items():
+        _verify_layer(written, layer, count)
+    for name, tensor in written.tensors.items():
+        if not _finite(tensor):
+            raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite.")
+
+
+def _others(model: Model) -> set[tuple[str, tuple[int, ...]]]:
+    return {
+        (name, tensor.shape)
+        for name, tensor in model.tensors.items()
+        if role(name, tensor, model.experts).kind == "other"
+    }
+
+
+def _verify_layer(model: Model, layer: int, count: int) -> None:
+    where, expected = f"{model.folder}, layer {layer}", model.expert_count
+    if count != expected:
+        raise UserError(f"{where}: there are {count} experts, config.json says {expected}.")
+    parts: dict[int, dict[str, tuple[int, ...]]] = {}
+    routers = 0
+    for name, tensor in model.tensors.items():
+        here = role(name, tensor, {layer: expected})
+        if here.kind == "expert":
+            parts.setdefault(here.expert, {})[here.part] = tensor.shape
+        elif here.kind == "router":
+            routers += 1
+            if tensor.shape[:1] != (expected,) and tensor.shape != (1, expected):
+                raise UserError(
+                    f"{where}: {name} has shape {tensor.shape}, not one row for each of {expected} experts."
+                )
+    if parts and sorted(parts) != list(range(expected)):
+        raise UserError(f"{where}: experts are numbered {sorted(parts)}, not 0 to {expected - 1}.")
+    for expert, shapes in parts.items():
+        if shapes != parts[0]:
+            raise UserError(f"{where}: expert {expert} has tensors {shapes}, expert 0 has {parts[0]}.")
+    if not routers:
+        raise UserError(f"{where}: there is no router tensor.")
+
+
+def _finite(tensor: Tensor) -> bool:
+    import torch
+
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    if tensor.dtype not in kinds or tensor.elements == 0:
+        return True
+    return bool(torch.isfinite(torch.frombuffer(bytearray(tensor.read()), dtype=kinds[tensor.dtype])).all())

@@ -1,0 +1,104 @@
+"""Calibration text: documents, sampled by a seed, packed into token sequences without holes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.errors import UserError
+from harness.models import ROOT, Model
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the statistics are gathered on.
+
+    files: local ``*.jsonl`` (a ``text`` field per line) or ``*.txt`` (documents separated by blank lines), absolute or
+    relative to the project. sequences x length: tokens are packed into this many sequences of this length.
+    seed: which documents are drawn, without replacement. dtype: in which the model runs the pass.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    sequences: int
+    length: int
+    seed: int
+    dtype: str = "auto"
+    batch_size: int = 8
+
+    def check(self) -> None:
+        """Raise UserError, before any work, if a file is missing or a number is not usable."""
+        if self.sequences < 1 or self.length < 2 or self.batch_size < 1:
+            raise UserError(
+                f"calibration {self.name!r} asks for {self.sequences} sequences of {self.length} tokens in batches of "
+                f"{self.batch_size}: there must be at least 1 sequence, 2 tokens and 1 per batch."
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
+        assert self.paths
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        return [_find(file, self.name) for file in self.files]
+
+    def identity(self) -> Mapping[str, Any]:
+        """What determines the tokens, for the cache key: contents, not paths. batch_size changes no sum."""
+        return {
+            "documents": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths],
+            "sequences": self.sequences,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+    def tokens(self, model: Model) -> np.ndarray:
+        """Packed token ids, int64, shape [sequences, length], documents separated by the end-of-text token.
+
+        Raises UserError if the documents hold fewer tokens than asked for.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+        wanted = self.sequences * self.length
+        stream: list[int] = []
+        for text in self._shuffled():
+            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if tokenizer.eos_token_id is not None:
+                stream.append(tokenizer.eos_token_id)
+            if len(stream) >= wanted:
+                return np.array(stream[:wanted], dtype=np.int64).reshape(self.sequences, self.length)
+        raise UserError(
+            f"calibration {self.name!r} asks for {self.sequences} x {self.length} = {wanted} tokens, but its files hold "
+            f"{len(stream)}. Largest usable number of sequences: {len(stream) // self.length}."
+        )
+
+    def _shuffled(self) -> list[str]:
+        documents = [text for path in self.paths for text in _documents(path)]
+        order = np.random.default_rng(self.seed).permutation(len(documents))
+        return [documents[index] for index in order]
+
+
+def _find(file: str, calibration: str) -> Path:
+    for candidate in (Path(file), ROOT / file):
+        if candidate.is_file():
+            return candidate.resolve()
+    raise UserError(
+        f"calibration {calibration!r}: there is no file {file!r}. Name a .jsonl file with a text field per line, or a .txt file."
+    )
+
+
+def _documents(path: Path) -> Iterator[str]:
+    if path.suffix == ".txt":
+        yield from (part for part in path.read_text().split("\n\n") if part.strip())
+        return
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            yield json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object with a text field.") from error

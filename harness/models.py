@@ -1,0 +1,203 @@
+"""A mixture-of-experts model on disk: where it is, and the facts about its experts, read from headers only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import tensors
+from harness.errors import UserError
+from harness.tensors import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Names under which config.json files spell the same two numbers.
+EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+_LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
+_EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
+_FUSED = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<part>[a-z].*)$")
+_ROUTER = re.compile(
+    r"(?:^|\.)(?:(?:gate|router|router\.layer|moe_statics)\.(?:weight|bias|e_score_correction_bias)"
+    r"|(?:expert|router|e_score_correction)_bias)$"
+)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a tensor is to its MoE layer.
+
+    kind: ``expert`` (one expert's matrix; ``expert`` and ``part`` name it), ``fused`` (all experts, first axis E),
+    ``router`` (weights or bias with one row per expert), or ``other`` (copied as it is).
+    """
+
+    kind: str
+    layer: int = -1
+    expert: int = -1
+    part: str = ""
+    prefix: str = ""
+
+
+def role(name: str, tensor: Tensor, experts: Mapping[int, int]) -> Role:
+    """Classify a tensor of a checkpoint by its name and shape. ``experts``: expert count by MoE layer."""
+    match = _LAYER.match(name)
+    if match is None or int(match["layer"]) not in experts:
+        return Role("other")
+    layer, rest = int(match["layer"]), match["rest"]
+    if "shared_expert" in rest or "self_attn" in rest:
+        return Role("other")
+    if expert := _EXPERT.match(rest):
+        prefix = f"{match['block']}{expert['moe']}experts."
+        return Role("expert", layer, int(expert["expert"]), expert["part"], prefix)
+    if (fused := _FUSED.match(rest)) and tensor.shape[:1] == (experts[layer],):
+        return Role("fused", layer, part=fused["part"])
+    if _ROUTER.search(rest):
+        return Role("router", layer, part=rest)
+    return Role("other")
+
+
+def experts_on_disk(folder_tensors: Mapping[str, Tensor], expected: int) -> dict[int, int]:
+    """Experts per MoE layer, counted from tensor names (or the first axis of fused tensors of ``expected`` experts)."""
+    found: dict[int, set[int]] = {}
+    for name, tensor in folder_tensors.items():
+        match = _LAYER.match(name)
+        if match is None or "shared_expert" in name:
+            continue
+        layer = int(match["layer"])
+        if expert := _EXPERT.match(match["rest"]):
+            found.setdefault(layer, set()).add(int(expert["expert"]))
+        elif _FUSED.match(match["rest"]) and tensor.shape[:1] == (expected,):
+            found.setdefault(layer, set()).update(range(expected))
+    return {layer: len(indices) for layer, indices in sorted(found.items())}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as ``conf/model/*.yaml`` names it.
+
+    name: label in tables. path: a folder (absolute, or relative to the project), or a repository name on the Hugging
+    Face hub, fetched at ``revision`` when first used.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """The local folder of the checkpoint. Raises UserError if there is none and the hub cannot give it."""
+        for candidate in (Path(self.path), ROOT / self.path):
+            if candidate.is_dir():
+                return candidate.resolve()
+        return self._fetch()
+
+    def _fetch(self) -> Path:
+        if self.path.startswith((".", "/")) or self.path.count("/") != 1:
+            raise UserError(
+                f"model {self.name!r}: there is no folder {self.path!r}. "
+                "Name a folder that holds config.json and *.safetensors, or a hub repository as owner/name."
+            )
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        try:
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            raise UserError(
+                f"model {self.name!r}: {self.path!r} is no folder here and the hub did not give it "
+                f"({type(error).__name__}). Check the name and the network, or set model.path to a local folder."
+            ) from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands, with the fields of a nested text_config on top."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model {self.name!r}: {self.folder} has no readable config.json ({error}). "
+                "It must be a Hugging Face checkpoint folder."
+            ) from error
+        return {**config, **config.get("text_config", {})}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors.inventory(self.folder)
+
+    @cached_property
+    def experts(self) -> dict[int, int]:
+        """Routed experts of each MoE layer, by layer index. Raises UserError for a dense model."""
+        experts = experts_on_disk(self.tensors, self.expert_count)
+        if not experts:
+            raise UserError(f"model {self.name!r} has no routed experts on disk: there is nothing to compress.")
+        layers = self.config.get("num_hidden_layers", max(experts) + 1)
+        if max(experts) >= layers:
+            raise UserError(
+                f"model {self.name!r} has experts in layer {max(experts)} beyond its {layers} decoder layers "
+                "(a multi-token-prediction head), which are not supported yet. Remove those tensors first."
+            )
+        return experts
+
+    @property
+    def expert_count(self) -> int:
+        """The expert count that config.json gives."""
+        return self._number(EXPERT_COUNT)
+
+    @property
+    def top_k(self) -> int:
+        """Experts each token is routed to."""
+        return self._number(TOP_K)
+
+    def _number(self, aliases: tuple[str, ...]) -> int:
+        values = {self.config[alias] for alias in aliases if isinstance(self.config.get(alias), int)}
+        if len(values) != 1:
+            raise UserError(
+                f"model {self.name!r}: config.json must give one number under one of {', '.join(aliases)}; "
+                f"found {sorted(values) or 'none'}."
+            )
+        return int(values.pop())
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the weights, config and tokenizer: the model's content, whatever its folder is called."""
+        files = [
+            file
+            for pattern in ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*")
+            for file in sorted(self.folder.glob(pattern))
+        ]
+        lines = [f"{file.name} {_sha256(file)}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """The model in memory, for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
+        return model.eval()  # type: ignore[no-any-return]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

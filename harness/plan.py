@@ -1,0 +1,171 @@
+"""The plan: what becomes of every expert. A few KB of JSON; the checkpoint made from it is a disposable cache.
+
+One schema covers pruning, merging and both at once. A layer has *slots*, the distinct experts that remain, each a
+weighted mean of old experts, and *routes*, which tell every old router row what its gate now multiplies:
+
+* pruning: one slot per kept expert (a bit-exact copy), dropped experts route to ``None`` and lose their router row;
+* merging: one slot per cluster, every old expert routes to its cluster's slot, so members' gates add up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """An old expert and its share in a slot."""
+
+    expert: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """``slots[s]``: the old experts whose weighted mean (weights sum to 1) is the new expert s.
+    ``routes[i]``: the slot that old expert i's gate goes to, or None if its router row is removed.
+    """
+
+    slots: tuple[tuple[Source, ...], ...]
+    routes: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        experts = len(self.routes)
+        assert all(slot for slot in self.slots), "a slot without a source"
+        assert all(0 <= source.expert < experts for slot in self.slots for source in slot), (
+            "a source out of range"
+        )
+        assert all(abs(sum(source.weight for source in slot) - 1) < 1e-6 for slot in self.slots), (
+            "weights sum to 1"
+        )
+        used = {route for route in self.routes if route is not None}
+        assert used == set(range(len(self.slots))), "every slot has a router row and every route has a slot"
+
+    @classmethod
+    def identity(cls, experts: int) -> LayerPlan:
+        return cls.prune(range(experts), experts)
+
+    @classmethod
+    def prune(cls, kept: Iterable[int], experts: int) -> LayerPlan:
+        """Keep these experts, in their old order, bit for bit; remove the others and their router rows."""
+        ordered = sorted(set(kept))
+        slot_of = {expert: slot for slot, expert in enumerate(ordered)}
+        return cls(
+            slots=tuple((Source(expert),) for expert in ordered),
+            routes=tuple(slot_of.get(expert) for expert in range(experts)),
+        )
+
+    @classmethod
+    def merge(cls, clusters: Iterable[Sequence[int]], weights: Sequence[float]) -> LayerPlan:
+        """Every cluster becomes one slot, the mean of its members weighted by ``weights[expert]`` (plain mean if these
+        are all 0 in a cluster, so a never-routed cluster does not become an all-zero expert).
+        """
+        ordered = sorted((sorted(cluster) for cluster in clusters), key=lambda cluster: cluster[0])
+        slot_of = {expert: slot for slot, cluster in enumerate(ordered) for expert in cluster}
+        return cls(
+            slots=tuple(_weighted(cluster, weights) for cluster in ordered),
+            routes=tuple(slot_of[expert] for expert in range(len(weights))),
+        )
+
+    @property
+    def kept_rows(self) -> tuple[int, ...]:
+        """Old experts whose router row stays, ascending. A stock checkpoint holds one expert per kept row."""
+        return tuple(expert for expert, slot in enumerate(self.routes) if slot is not None)
+
+    @property
+    def is_identity(self) -> bool:
+        return self == LayerPlan.identity(len(self.routes))
+
+
+def _weighted(cluster: Sequence[int], weights: Sequence[float]) -> tuple[Source, ...]:
+    total = sum(float(weights[expert]) for expert in cluster)
+    if total <= 0:
+        return tuple(Source(expert, 1 / len(cluster)) for expert in cluster)
+    return tuple(Source(expert, float(weights[expert]) / total) for expert in cluster if weights[expert] > 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every MoE layer, by the layer's index in the model, and how it was decided."""
+
+    layers: Mapping[int, LayerPlan]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_identity(self) -> bool:
+        return all(layer.is_identity for layer in self.layers.values())
+
+    @property
+    def digest(self) -> str:
+        """Hash of what the plan does, not of how it was found: equal plans make equal checkpoints."""
+        return hashlib.sha256(json.dumps(_layers_to_json(self.layers)).encode()).hexdigest()
+
+    def distinct_experts(self) -> dict[int, int]:
+        """Distinct experts per layer: what a server that stores each slot once would hold."""
+        return {index: len(layer.slots) for index, layer in self.layers.items()}
+
+    def written_experts(self) -> dict[int, int]:
+        """Experts per layer in a stock checkpoint: one per router row, merged slots copied to every member's row."""
+        return {index: len(layer.kept_rows) for index, layer in self.layers.items()}
+
+    def validate(self, experts: Mapping[int, int], top_k: int) -> None:
+        """Raise UserError if the plan does not fit a model with these experts per layer and this top-k."""
+        if self.layers.keys() != experts.keys():
+            raise UserError(
+                f"The plan is for MoE layers {sorted(self.layers)}, but the model's are {sorted(experts)}. "
+                "It was made for another model."
+            )
+        for index, layer in self.layers.items():
+            if len(layer.routes) != experts[index]:
+                raise UserError(
+                    f"The plan routes {len(layer.routes)} experts in layer {index}, but the model has "
+                    f"{experts[index]} there. It was made for another model."
+                )
+            if len(layer.kept_rows) < top_k:
+                raise UserError(
+                    f"The plan leaves {len(layer.kept_rows)} experts in layer {index}, fewer than the {top_k} each "
+                    "token is routed to (top_k). Plan again with a smaller ratio."
+                )
+
+
+def to_json(plan: Plan) -> str:
+    document = {"schema": SCHEMA, "layers": _layers_to_json(plan.layers), "provenance": dict(plan.provenance)}
+    return json.dumps(document, indent=1)
+
+
+def from_json(text: str) -> Plan:
+    """Raises UserError if the text is no plan of this schema."""
+    try:
+        document = json.loads(text)
+        if document["schema"] != SCHEMA:
+            raise UserError(f"The plan has schema {document['schema']}; this version reads schema {SCHEMA}.")
+        layers = {
+            int(index): LayerPlan(
+                slots=tuple(tuple(Source(int(e), float(w)) for e, w in slot) for slot in layer["slots"]),
+                routes=tuple(layer["routes"]),
+            )
+            for index, layer in document["layers"].items()
+        }
+        return Plan(layers, document["provenance"])
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"This is not a readable plan: {error!r}. Delete the file to have it made again."
+        ) from error
+
+
+def _layers_to_json(layers: Mapping[int, LayerPlan]) -> dict[str, Any]:
+    return {
+        str(index): {
+            "slots": [[[source.expert, source.weight] for source in slot] for slot in layer.slots],
+            "routes": list(layer.routes),
+        }
+        for index, layer in sorted(layers.items())
+    }

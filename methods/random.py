@@ -1,0 +1,31 @@
+"""Random pruning: what a method must beat to have learnt anything from the calibration data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from harness.plan import LayerPlan
+from harness.stats import Stats
+from methods import highest
+
+
+@dataclass(frozen=True)
+class Random:
+    """Keeps a uniformly random set of experts in each layer.
+
+    Nested: with one seed, the experts kept at a higher ratio are a subset of those kept at a lower one.
+    """
+
+    seed: int
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
+        return {
+            index: LayerPlan.prune(
+                highest(np.random.default_rng([self.seed, index]).random(layer.experts), keep[index]),
+                layer.experts,
+            )
+            for index, layer in stats.layers.items()
+        }
