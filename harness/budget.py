@@ -21,9 +21,7 @@ def uniform(experts: Mapping[int, int], ratio: float) -> dict[int, int]:
 def check_ratio(ratio: object) -> float:
     """The ratio as a float in [0, 1). Raises UserError for anything else."""
     if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise UserError(
-            f"ratio={ratio} is not a number. Give the share of experts to remove, from 0 up to below 1."
-        )
+        raise UserError(f"ratio={ratio} is not a number. Give the share of experts to remove, from 0 up to below 1.")
     if not 0 <= ratio < 1:
         raise UserError(
             f"ratio={ratio} would remove {ratio:.0%} of the experts. Give the share to remove, from 0 up to below 1, "
@@ -41,9 +39,7 @@ def check_keep(
     for layer, count in keep.items():
         reason = _impossible(count, top_k, groups, top_groups)
         if reason is not None:
-            usable = [
-                k for k in range(1, experts[layer] + 1) if _impossible(k, top_k, groups, top_groups) is None
-            ]
+            usable = [k for k in range(1, experts[layer] + 1) if _impossible(k, top_k, groups, top_groups) is None]
             best = 1 - min(usable, default=experts[layer]) / experts[layer]
             raise UserError(
                 f"ratio={ratio:g} keeps {count} of {experts[layer]} experts per layer, {reason}. "

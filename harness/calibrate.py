@@ -92,9 +92,7 @@ class Observer:
         try:
             self.model.set_experts_implementation(implementation)
         except ValueError as error:
-            raise UserError(
-                f"The experts of {type(self.model).__name__} cannot be observed: {error}"
-            ) from error
+            raise UserError(f"The experts of {type(self.model).__name__} cannot be observed: {error}") from error
 
     def _hook_routers(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         recorder = (getattr(self.model, "_can_record_outputs", None) or {}).get("router_logits")
@@ -121,13 +119,9 @@ class Observer:
         self._observe(experts, hidden, index, weight, outputs)
         return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 
-    def _observe(
-        self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, outputs: Tensor
-    ) -> None:
+    def _observe(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, outputs: Tensor) -> None:
         layer = self.index_of[experts]
-        assert self.mask is not None and len(self.mask) == len(hidden), (
-            "the experts see every token of the batch"
-        )
+        assert self.mask is not None and len(self.mask) == len(hidden), "the experts see every token of the batch"
         here = self.layers.setdefault(layer, Accumulator(int(experts.num_experts)))  # type: ignore[arg-type]
         here.tokens += int(self.mask.sum())
         routed = routed_sums(index[self.mask], weight[self.mask], outputs[self.mask], here.experts)

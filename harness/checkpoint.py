@@ -25,7 +25,7 @@ class Size:
     """What a plan leaves of a model. Three different numbers, because merged experts are copied in a stock checkpoint:
 
     experts: written per layer in the checkpoint (one per router row). distinct: different experts per layer, mean
-    over layers. parameters, bytes: of the checkpoint as written. distinct_bytes: if each distinct expert were stored once.
+    over layers. parameters, bytes: of the checkpoint as written. distinct_bytes: were each distinct expert stored once.
     """
 
     experts: int
@@ -46,8 +46,8 @@ def measure(model: Model, plan: Plan) -> Size:
             share = len(layer.kept_rows) / len(layer.routes)
             distinct_share = share if here.kind == "router" else len(layer.slots) / len(layer.routes)
         parameters += round(tensor.elements * share)
-        written += round(tensor.bytes * share)
-        distinct += round(tensor.bytes * distinct_share)
+        written += round(tensor.nbytes * share)
+        distinct += round(tensor.nbytes * distinct_share)
     slots = list(plan.distinct_experts().values())
     return Size(written_experts(plan), sum(slots) / len(slots), parameters, written, distinct)
 
@@ -73,26 +73,20 @@ def export(model: Model, plan: Plan, folder: Path) -> None:
     writer = _Writer(model, plan)
     names: dict[str, str] = {}
     for file in dict.fromkeys(tensor.file for tensor in model.tensors.values()):
-        jobs = [
-            job for name, tensor in model.tensors.items() if tensor.file == file for job in writer.jobs(name)
-        ]
+        jobs = [job for name, tensor in model.tensors.items() if tensor.file == file for job in writer.jobs(name)]
         if jobs:
             tensors.write(folder / file.name, [job.entry for job in jobs], writer.contents(jobs))
         names |= {job.entry.name: file.name for job in jobs}
     _copy_rest(model.folder, folder)
     _patch_config(folder / "config.json", set(model.experts.values()), count)
     if (model.folder / tensors.INDEX).exists():
-        total = sum(tensor.bytes for tensor in tensors_of(folder))
+        total = sum(tensor.nbytes for tensor in tensors_of(folder))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
         (folder / tensors.INDEX).write_text(json.dumps(index, indent=2))
 
 
 def tensors_of(folder: Path) -> list[Tensor]:
-    return [
-        tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for tensor in tensors.read_header(file).values()
-    ]
+    return [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in tensors.read_header(file).values()]
 
 
 @dataclass(frozen=True)
@@ -119,15 +113,15 @@ class _Writer:
         here = role(name, tensor, self.model.experts)
         layer = self.plan.layers.get(here.layer)
         if layer is None or here.kind == "other":
-            return [_Job(Entry(name, tensor.dtype, tensor.shape, tensor.bytes), name, Role("other"))]
+            return [_Job(Entry(name, tensor.dtype, tensor.shape, tensor.nbytes), name, Role("other"))]
         if here.kind == "expert":
             if layer.routes[here.expert] is None:
                 return []
             new = f"{here.prefix}{layer.kept_rows.index(here.expert)}.{here.part}"
-            return [_Job(Entry(new, tensor.dtype, tensor.shape, tensor.bytes), name, here)]
+            return [_Job(Entry(new, tensor.dtype, tensor.shape, tensor.nbytes), name, here)]
         rows, count = len(layer.kept_rows), len(layer.routes)
         shape = (rows, *tensor.shape[1:]) if tensor.shape[0] == count else (1, rows)
-        return [_Job(Entry(name, tensor.dtype, shape, tensor.bytes // count * rows), name, here)]
+        return [_Job(Entry(name, tensor.dtype, shape, tensor.nbytes // count * rows), name, here)]
 
     def contents(self, jobs: list[_Job]) -> Iterator[bytes]:
         for job in jobs:
@@ -186,11 +180,7 @@ def weighted_mean(parts: list[tuple[bytes, float]], dtype: str) -> bytes:
 def _copy_rest(source: Path, target: Path) -> None:
     """Config, tokenizer, chat template, licence: every small file but weights and their index."""
     for file in sorted(source.iterdir()):
-        if (
-            file.is_file()
-            and file.suffix not in (".safetensors", ".bin", ".pt", ".pth")
-            and file.name != tensors.INDEX
-        ):
+        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and file.name != tensors.INDEX:
             shutil.copy(file, target / file.name)
 
 
@@ -210,18 +200,14 @@ def _patch_config(file: Path, old: set[int], new: int) -> None:
 def verify(folder: Path, source: Model) -> None:
     """Raise UserError unless the checkpoint is whole: vLLM loads many broken ones silently and serves nonsense.
 
-    Checked: headers and file lengths; every tensor that is no expert's or router's is there as in ``source``; experts of
+    Checked: headers and file lengths; every tensor that is no expert's or router's as in ``source``; experts of
     each layer numbered 0..E-1 with the same parts and shapes; E as config.json says; routers of E rows; finite values.
     """
     written = Model(folder.name, str(folder))
     if written.experts.keys() != source.experts.keys():
-        raise UserError(
-            f"{folder} has experts in layers {sorted(written.experts)}, not in {sorted(source.experts)}."
-        )
+        raise UserError(f"{folder} has experts in layers {sorted(written.experts)}, not in {sorted(source.experts)}.")
     if (missing := _others(source) - _others(written)) or (missing := _others(written) - _others(source)):
-        raise UserError(
-            f"{folder}: tensors differ from the original's in name or shape: {sorted(missing)[:5]}."
-        )
+        raise UserError(f"{folder}: tensors differ from the original's in name or shape: {sorted(missing)[:5]}.")
     for layer, count in written.experts.items():
         _verify_layer(written, layer, count)
     for name, tensor in written.tensors.items():

@@ -74,8 +74,8 @@ class Calibration:
             if len(stream) >= wanted:
                 return np.array(stream[:wanted], dtype=np.int64).reshape(self.sequences, self.length)
         raise UserError(
-            f"calibration {self.name!r} asks for {self.sequences} x {self.length} = {wanted} tokens, but its files hold "
-            f"{len(stream)}. Largest usable number of sequences: {len(stream) // self.length}."
+            f"calibration {self.name!r} asks for {self.sequences} x {self.length} = {wanted} tokens, but its files "
+            f"hold {len(stream)}. Largest usable number of sequences: {len(stream) // self.length}."
         )
 
     def _shuffled(self) -> list[str]:
@@ -89,7 +89,8 @@ def _find(file: str, calibration: str) -> Path:
         if candidate.is_file():
             return candidate.resolve()
     raise UserError(
-        f"calibration {calibration!r}: there is no file {file!r}. Name a .jsonl file with a text field per line, or a .txt file."
+        f"calibration {calibration!r}: there is no file {file!r}. "
+        "Name a .jsonl file with a text field per line, or a .txt file."
     )
 
 

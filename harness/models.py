@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
+
 _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
 _EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
 _FUSED = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<part>[a-z].*)$")
@@ -170,7 +172,7 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def parameters(self) -> int:
@@ -179,20 +181,22 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """Hash of the weights, config and tokenizer: the model's content, whatever its folder is called."""
-        files = [
-            file
-            for pattern in ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*")
-            for file in sorted(self.folder.glob(pattern))
-        ]
-        lines = [f"{file.name} {_sha256(file)}" for file in files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return self._digest("config.json", "*.safetensors", *_TOKENIZER)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        return self._digest(*_TOKENIZER)
+
+    def _digest(self, *patterns: str) -> str:
+        files = sorted({file for pattern in patterns for file in self.folder.glob(pattern)})
+        return hashlib.sha256("\n".join(f"{file.name} {_sha256(file)}" for file in files).encode()).hexdigest()
 
     def load(self, dtype: str) -> PreTrainedModel:
         """The model in memory, for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
-        return model.eval()  # type: ignore[no-any-return]
+        return model.eval()
 
 
 def _sha256(file: Path) -> str:

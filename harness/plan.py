@@ -40,12 +40,8 @@ class LayerPlan:
     def __post_init__(self) -> None:
         experts = len(self.routes)
         assert all(slot for slot in self.slots), "a slot without a source"
-        assert all(0 <= source.expert < experts for slot in self.slots for source in slot), (
-            "a source out of range"
-        )
-        assert all(abs(sum(source.weight for source in slot) - 1) < 1e-6 for slot in self.slots), (
-            "weights sum to 1"
-        )
+        assert all(0 <= source.expert < experts for slot in self.slots for source in slot), "a source out of range"
+        assert all(abs(sum(source.weight for source in slot) - 1) < 1e-6 for slot in self.slots), "weights sum to 1"
         used = {route for route in self.routes if route is not None}
         assert used == set(range(len(self.slots))), "every slot has a router row and every route has a slot"
 
@@ -156,9 +152,7 @@ def from_json(text: str) -> Plan:
         }
         return Plan(layers, document["provenance"])
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(
-            f"This is not a readable plan: {error!r}. Delete the file to have it made again."
-        ) from error
+        raise UserError(f"This is not a readable plan: {error!r}. Delete the file to have it made again.") from error
 
 
 def _layers_to_json(layers: Mapping[int, LayerPlan]) -> dict[str, Any]:

@@ -90,9 +90,7 @@ def save(stats: Stats, path: Path) -> None:
         for index, layer in stats.layers.items()
         for name, value in layer.sums.items()
     }
-    shape = {
-        index: {"experts": layer.experts, "tokens": layer.tokens} for index, layer in stats.layers.items()
-    }
+    shape = {index: {"experts": layer.experts, "tokens": layer.tokens} for index, layer in stats.layers.items()}
     save_file(
         tensors,
         path,

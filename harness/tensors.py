@@ -29,7 +29,7 @@ class Tensor:
     end: int
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return self.end - self.start
 
     @property
@@ -38,14 +38,14 @@ class Tensor:
 
     def read(self, start: int = 0, end: int | None = None) -> bytes:
         """The tensor's bytes, or those from ``start`` to ``end`` within it."""
-        stop = self.bytes if end is None else end
+        stop = self.nbytes if end is None else end
         with self.file.open("rb") as file:
             file.seek(self.start + start)
             return file.read(stop - start)
 
     def read_rows(self, rows: Iterable[int]) -> bytes:
         """Bytes of these rows of the first axis, in the order given."""
-        size = self.bytes // self.shape[0]
+        size = self.nbytes // self.shape[0]
         return b"".join(self.read(row * size, (row + 1) * size) for row in rows)
 
 
@@ -65,9 +65,7 @@ def inventory(folder: Path) -> dict[str, Tensor]:
     for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
-                raise UserError(
-                    f"{folder}: tensor {name} is in {tensors[name].file.name} and again in {file.name}."
-                )
+                raise UserError(f"{folder}: tensor {name} is in {tensors[name].file.name} and again in {file.name}.")
             tensors[name] = tensor
     _check_index(folder, tensors)
     return tensors
@@ -85,9 +83,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         base = 8 + length
         tensors = {
-            name: Tensor(
-                file, entry["dtype"], tuple(entry["shape"]), *(base + o for o in entry["data_offsets"])
-            )
+            name: Tensor(file, entry["dtype"], tuple(entry["shape"]), *(base + o for o in entry["data_offsets"]))
             for name, entry in header.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,7 +111,7 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bytes: int
+    nbytes: int
 
 
 def write(file: Path, entries: Iterable[Entry], content: Iterator[bytes]) -> None:
@@ -126,10 +122,10 @@ def write(file: Path, entries: Iterable[Entry], content: Iterator[bytes]) -> Non
         header[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
+            "data_offsets": [offset, offset + entry.nbytes],
         }
-        offset += entry.bytes
-        sizes.append(entry.bytes)
+        offset += entry.nbytes
+        sizes.append(entry.nbytes)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:

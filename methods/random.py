@@ -22,10 +22,8 @@ class Random:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
-        return {
-            index: LayerPlan.prune(
-                highest(np.random.default_rng([self.seed, index]).random(layer.experts), keep[index]),
-                layer.experts,
-            )
-            for index, layer in stats.layers.items()
-        }
+        return {index: self._keep(index, layer.experts, keep[index]) for index, layer in stats.layers.items()}
+
+    def _keep(self, index: int, experts: int, keep: int) -> LayerPlan:
+        order = np.random.default_rng([self.seed, index]).random(experts)
+        return LayerPlan.prune(highest(keep, order), experts)

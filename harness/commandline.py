@@ -1,0 +1,44 @@
+"""From the command line to a checked sweep: everything that cannot work is refused here, before any work.
+
+Bad input gets one message, on standard error, that says what was asked, what that implies and what is possible, and
+exit status 2. Nothing is written before every cell has passed.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+from harness import stages
+from harness.errors import UserError
+from harness.spec import Sweep, expand
+
+
+def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """The sweep these arguments ask for, every cell of it checked, and the arguments Hydra needs to run it."""
+    sweep = expand(arguments)
+    for cell in sweep.cells:
+        cell.check()
+    waiting = [c for c in sweep.cells if not all(stages.is_done(c, task, sweep.store) for task in c.tasks)]
+    for cell in waiting[:1]:
+        cell.serve.check(cell.model.bytes)
+    multirun = ["-m"] if len(sweep.cells) > 1 and "-m" not in arguments else []
+    return sweep, [*multirun, *arguments, f"collect=[{','.join(sweep.extras)}]"]
+
+
+def refuse_politely(command: Callable[[], int]) -> Callable[[], int]:
+    """Give a command the project's exit statuses: 2 for what the user can mend, 130 after Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapped() -> int:
+        try:
+            return command()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
+            return 130
+
+    return wrapped

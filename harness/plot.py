@@ -1,0 +1,64 @@
+"""The plot of a sweep: score against ratio, one line per method, the uncompressed model's line drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+
+def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
+    """One panel per task and metric from the tidy frame of `harness.report.frame`, written as ``suffix``."""
+    done = tidy[tidy["status"] == "done"]
+    panels = list(done[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
+    labels = [label for label in tidy["label"].unique() if (tidy[tidy["label"] == label]["ratio"] > 0).any()]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    for axes, (task, metric) in zip(grid.flat, panels, strict=False):
+        draw(axes, done[(done["task"] == task) & (done["metric"] == metric)], labels)
+        axes.set_title(f"{task} {metric}", fontsize=10)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.savefig(path, format=suffix, dpi=150)
+    plt.close(figure)
+
+
+def draw(axes: Axes, rows: pd.DataFrame, labels: list[str]) -> None:
+    """Score in points against the share of experts removed; error bars as in the table."""
+    for position, label in enumerate(labels):
+        of_label = rows[rows["label"] == label].sort_values("ratio")
+        if of_label.empty:
+            continue
+        groups = of_label.groupby("ratio")
+        spread = groups["value"].std(ddof=1).fillna(groups["stderr"].first())
+        axes.errorbar(
+            100 * groups["ratio"].first(),
+            100 * groups["value"].mean(),
+            yerr=100 * spread,
+            label=label,
+            color=f"C{position}",
+            marker="osv^Dp*X"[position % 8],
+            markersize=5,
+            capsize=2,
+            linewidth=1.3,
+        )
+    uncompressed = rows[rows["ratio"] == 0]
+    if len(uncompressed):
+        axes.axhline(
+            100 * uncompressed["value"].iloc[0],
+            color="0.3",
+            linestyle="--",
+            linewidth=1,
+            label="uncompressed",
+        )
+    axes.set_xlabel("experts removed, %")
+    axes.set_ylabel("score, points")
+    axes.grid(alpha=0.25)

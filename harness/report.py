@@ -1,0 +1,215 @@
+"""Tables of a sweep: pure functions of its records. Nothing is computed here that a record does not say.
+
+    python -m harness.report sweep=demo        print and write the tables of a sweep, run or not
+
+A cell without a record shows "—", a failed one "✗"; neither is ever averaged over.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.commandline import refuse_politely
+from harness.plot import plot
+from harness.spec import Sweep, expand
+from harness.store import Store
+
+NOT_RUN, FAILED = "—", "✗"
+STAGES = ("calibrate", "plan", "export", "serve", "score")
+
+
+def frame(sweep: Sweep) -> pd.DataFrame:
+    """Tidy: one row per cell, task and metric; one row without metric where there is no score."""
+    rows: list[dict[str, Any]] = []
+    for cell in sweep.cells:
+        for task in cell.tasks:
+            found = sweep.store.read_json("records", cell.record_name(task))
+            seed = cell.seed if cell.compresses else None
+            asked = {
+                "model": cell.model.name,
+                "label": cell.label,
+                "ratio": cell.ratio,
+                "seed": seed,
+                "task": task.name,
+            }
+            rows += _rows(asked, found)
+    tidy = pd.DataFrame(rows).drop_duplicates(["model", "label", "ratio", "seed", "task", "metric"])
+    return tidy.reset_index(drop=True)
+
+
+def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if found is None:
+        return [{**asked, "status": "not run", "metric": None}]
+    size, original = found.get("size", {}), found["original"]
+    about = {
+        **asked,
+        "status": found["status"],
+        "error": found["error"],
+        "calibration": found["calibration"],
+        **{f"size_{name}": value for name, value in size.items()},
+        **{f"original_{name}": value for name, value in original.items()},
+        **{f"seconds_{name}": value for name, value in found.get("seconds", {}).items()},
+        **{f"count_{name}": value for name, value in found.get("counts", {}).items()},
+        "commit": found.get("provenance", {}).get("commit"),
+        "versions": str(found.get("provenance", {}).get("versions")),
+        "processor": found.get("provenance", {}).get("processor"),
+    }
+    metrics = found.get("metrics") or {None: {}}
+    return [{**about, "metric": name, **metric} for name, metric in metrics.items()]
+
+
+def scores(tidy: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and ratio, one column per task and metric: ``value ± standard error (difference)`` in points.
+
+    With several seeds the value is their mean and ± their standard deviation. The difference is from the uncompressed
+    model's value on the same task.
+    """
+    columns = [(task, metric) for task in tidy["task"].unique() for metric in _known_metrics(tidy, task)]
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for (label, ratio), group in tidy.groupby(["label", "ratio"], sort=False):
+        name = (str(label), f"{ratio:.4g}")
+        table[name] = {_title(tidy, task, metric): _entry(tidy, group, task, metric) for task, metric in columns}
+    result = pd.DataFrame.from_dict(table, orient="index")
+    result.index = pd.MultiIndex.from_tuples(table, names=["method", "ratio"])
+    return result
+
+
+def _known_metrics(tidy: pd.DataFrame, task: str) -> list[str | None]:
+    known = tidy[(tidy["task"] == task) & tidy["metric"].notna()]["metric"].unique().tolist()
+    return known or [None]
+
+
+def _title(tidy: pd.DataFrame, task: str, metric: str | None) -> str:
+    if metric is None:
+        return task
+    numbers = tidy[(tidy["task"] == task) & (tidy["metric"] == metric)]["n"].dropna().unique()
+    return f"{task} {metric} (n={', '.join(f'{n:.0f}' for n in numbers)})"
+
+
+def _entry(tidy: pd.DataFrame, group: pd.DataFrame, task: str, metric: str | None) -> str:
+    here = group[group["task"] == task]
+    seeds = here["seed"].nunique(dropna=False)
+    failed, absent = here[here["status"] == "failed"], here[here["status"] == "not run"]
+    if len(failed) or len(absent) or metric is None:
+        mark = FAILED if len(failed) else NOT_RUN
+        missing = pd.concat([failed, absent])["seed"].nunique(dropna=False)
+        return mark if seeds == 1 else f"{mark} {missing} of {seeds} seeds"
+    values = here[here["metric"] == metric]
+    spread = values["stderr"].iloc[0] if len(values) == 1 else values["value"].std(ddof=1)
+    text = f"{100 * values['value'].mean():.1f} ± {100 * spread:.1f}"
+    base = _baseline(tidy, task, metric)
+    if base is None or (group["ratio"] == 0).all():
+        return text
+    return f"{text} ({100 * (values['value'].mean() - base):+.1f})"
+
+
+def _baseline(tidy: pd.DataFrame, task: str, metric: str) -> float | None:
+    rows = tidy[(tidy["ratio"] == 0) & (tidy["task"] == task) & (tidy["metric"] == metric)]
+    return float(rows["value"].iloc[0]) if len(rows) else None
+
+
+def costs(tidy: pd.DataFrame) -> pd.DataFrame:
+    """What each row's model holds, and the seconds its stages took (of one seed; scoring summed over tasks)."""
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for (label, ratio), group in tidy.groupby(["label", "ratio"], sort=False):
+        done = group[group["status"] == "done"]
+        first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
+        table[str(label), f"{ratio:.4g}"] = _cost(first)
+    result = pd.DataFrame.from_dict(table, orient="index").fillna(NOT_RUN)
+    result.index = pd.MultiIndex.from_tuples(table, names=["method", "ratio"])
+    return result
+
+
+def _cost(rows: pd.DataFrame) -> dict[str, str]:
+    if rows.empty:
+        return {}
+    row = rows.iloc[0]
+    return {
+        "experts written per layer": f"{row['size_experts']:.0f}",
+        "distinct": f"{row['size_distinct']:.4g}",
+        "MB before": f"{row['original_bytes'] / 1e6:.2f}",
+        "MB written": f"{row['size_bytes'] / 1e6:.2f}",
+        "MB distinct": f"{row['size_distinct_bytes'] / 1e6:.2f}",
+        **{f"{stage} s": f"{row[f'seconds_{stage}']:.1f}" for stage in STAGES[:-1]},
+        "score s": f"{rows['seconds_score'].sum():.1f}",
+    }
+
+
+def footer(tidy: pd.DataFrame) -> str:
+    done = tidy[tidy["status"] == "done"]
+    records = len(done.drop_duplicates(["model", "label", "ratio", "seed", "task"]))
+    scores_line = (
+        "Scores in points ± standard error over the n items (± standard deviation where a row averages several seeds); "
+        "in brackets the difference from the uncompressed model."
+    )
+    sizes_line = (
+        f"{NOT_RUN} not run, {FAILED} failed. Merged experts are copied to every router row a stock checkpoint needs: "
+        "'MB written' is that checkpoint, 'MB distinct' what it would be if each distinct expert were stored once."
+    )
+    made_by = ", ".join(_distinct(done, column) for column in ("commit", "processor", "versions"))
+    return "\n".join([scores_line, sizes_line, f"{records} records; {made_by}"])
+
+
+def _distinct(tidy: pd.DataFrame, column: str) -> str:
+    return ", ".join(str(value) for value in tidy[column].dropna().unique()) if column in tidy else "none"
+
+
+def failures(tidy: pd.DataFrame) -> list[str]:
+    """One line for each failed cell: what failed and the last line of why."""
+    failed = tidy[tidy["status"] == "failed"]
+    return [
+        f"{FAILED} {row['label']} ratio={row['ratio']:.4g} {row['task']}: {str(row['error']).strip().splitlines()[-1]}"
+        for _, row in failed.iterrows()
+    ]
+
+
+def show(sweep: Sweep) -> int:
+    """Print the sweep's tables, write them and the plot, and return the exit status: 1 if a cell failed."""
+    tidy = frame(sweep)
+    tables = {"scores": scores(tidy), "costs": costs(tidy)}
+    for table in tables.values():
+        print(table.reset_index().to_markdown(index=False, disable_numparse=True), end="\n\n")
+    print(footer(tidy))
+    for line in failures(tidy):
+        print(line)
+    for path in write(sweep.store, sweep.name, tidy, tables):
+        print(path)
+    return 1 if (tidy["status"] == "failed").any() else 0
+
+
+def write(store: Store, name: str, tidy: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> Iterable[Path]:
+    """Markdown, LaTeX and tidy CSV in ``tables/``, the plot in ``figures/``."""
+    text = "\n\n".join(table.reset_index().to_markdown(index=False, disable_numparse=True) for table in tables.values())
+    yield _file(store, "tables", f"{name}.md", f"{text}\n\n{footer(tidy)}\n")
+    yield _file(store, "tables", f"{name}.tex", "\n".join(latex(table) for table in tables.values()))
+    yield _file(store, "tables", f"{name}.csv", tidy.to_csv(index=False))
+    if (tidy["status"] == "done").any():
+        for suffix in ("png", "pdf"):
+            draw = functools.partial(plot, tidy, suffix)
+            yield store.once("figures", f"{name}.{suffix}", draw, again=True)
+
+
+def latex(table: pd.DataFrame) -> str:
+    """booktabs, with the signs LaTeX spells differently."""
+    text = table.reset_index().to_latex(index=False, escape=True)
+    for sign, spelling in {"±": r"$\pm$", NOT_RUN: "--", FAILED: r"$\times$"}.items():
+        text = text.replace(sign, spelling)
+    return text
+
+
+def _file(store: Store, kind: str, name: str, text: str) -> Path:
+    return store.write_text(kind, name, text)
+
+
+@refuse_politely
+def main() -> int:
+    return show(expand(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

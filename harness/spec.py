@@ -1,0 +1,221 @@
+"""One cell of a comparison, typed and checked, from Hydra's config; and the cells of a whole sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import methods
+from harness import budget
+from harness.data import Calibration
+from harness.errors import UserError
+from harness.models import ROOT, Model
+from harness.stats import EXTRAS, ROUTED
+from harness.store import Store, key
+from methods import Method
+from methods.none import NoCompression
+from tasks import Task
+
+CONF = ROOT / "conf"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model compressed by a method at a ratio, and how it is scored. Nothing is loaded or run yet."""
+
+    model: Model
+    calibration: Calibration
+    method: Method
+    label: str
+    ratio: float
+    seed: int
+    tasks: tuple[Task, ...]
+    serve: Any
+    collect: frozenset[str] = frozenset()
+    keep_checkpoints: bool = False
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method reads statistics at all."""
+        return bool(self.method.needs)
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """Extra statistics the calibration pass must gather."""
+        return (self.method.needs | self.collect) & set(EXTRAS)
+
+    @property
+    def compresses(self) -> bool:
+        return not isinstance(self.method, NoCompression)
+
+    @cached_property
+    def keep(self) -> dict[int, int]:
+        """Experts kept in each layer (distinct experts left, for merging)."""
+        return budget.uniform(self.model.experts, self.ratio)
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the plan. Uncompressed, nothing but the model does; without calibration, no text does."""
+        identity: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": self.model.digest,
+            "method": method_identity(self.method),
+        }
+        if self.compresses:
+            identity["keep"] = sorted(self.keep.items())
+        if self.calibrates:
+            identity["calibration"] = {**self.calibration.identity(), "dtype": self.calibration.dtype}
+        return identity
+
+    def record_name(self, task: Task) -> str:
+        """File name of the record of this cell on one task: readable, and unique by what determines it."""
+        digest = key(cell=self.identity(), task=dict(task.identity()), serve=dict(self.serve.identity()))
+        return f"{self.slug}-{task.name}-{digest}.json"
+
+    @property
+    def slug(self) -> str:
+        parts = [self.model.name, self.label]
+        parts += [f"r{self.ratio:.4g}", f"s{self.seed}"] if self.compresses else []
+        return "-".join(parts).lower().replace("/", "_").replace(" ", "_")
+
+    def check(self) -> None:
+        """Raise UserError, before any work, for everything that cannot work."""
+        if self.compresses:
+            budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
+        unknown = (self.method.needs | self.collect) - set(ROUTED) - set(EXTRAS)
+        if unknown:
+            raise UserError(
+                f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. "
+                f"There are {', '.join(ROUTED + EXTRAS)}."
+            )
+        if self.calibrates:
+            self.calibration.check()
+        for task in self.tasks:
+            task.check()
+
+
+def method_identity(method: Method) -> dict[str, Any]:
+    """The method's class, parameters and the source they run: an edited formula makes a new plan."""
+    kind = type(method)
+    source = inspect.getsource(inspect.getmodule(kind) or kind) + inspect.getsource(methods)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "parameters": dataclasses.asdict(method),  # type: ignore[call-overload]
+        "source": hashlib.sha256(source.encode()).hexdigest(),
+    }
+
+
+def cell_of(config: DictConfig) -> Cell:
+    """Build the cell that a composed config describes. Raises UserError for values that make no sense."""
+    try:
+        fields = dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration does not resolve: {error}") from error
+    method = dict(fields["method"])
+    label = method.pop("label", None) or method.get("_target_", "?").split(".")[-1]
+    ratio = budget.check_ratio(fields["ratio"])
+    seed = _whole_number(fields["seed"])
+    built = _build("method", method)
+    return Cell(
+        model=_build("model", fields["model"]),
+        calibration=_build("calibration", _tuples(fields["calibration"])),
+        method=built,
+        label=label,
+        ratio=0.0 if isinstance(built, NoCompression) else ratio,
+        seed=seed,
+        tasks=tuple(_build("suite", _tuples(task)) for task in fields["suite"]["tasks"]),
+        serve=_build("serve", _tuples(fields["serve"])),
+        collect=frozenset(fields["collect"]),
+        keep_checkpoints=bool(fields["keep_checkpoints"]),
+    )
+
+
+def _whole_number(seed: object) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed={seed} is not a whole number from 0 up.")
+    return seed
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _build(group: str, fields: Mapping[str, Any]) -> Any:
+    """Instantiate ``_target_``; a wrong parameter or class becomes one message."""
+    try:
+        return instantiate(dict(fields), _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__ or error
+        possible = _parameters(str(fields.get("_target_")))
+        raise UserError(f"conf/{group}: {fields.get('_target_')} cannot be made: {cause}.{possible}") from error
+
+
+def _parameters(target: str) -> str:
+    from hydra.utils import get_class
+
+    try:
+        names = [field.name for field in dataclasses.fields(get_class(target))]
+    except (HydraException, TypeError, ImportError):
+        return ""
+    return f" Its parameters are: {', '.join(names) or 'none'}."
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every cell that a command line asks for: one, or the grid of a multirun."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    store: Store
+
+    @property
+    def extras(self) -> list[str]:
+        """Extra statistics that some cell needs: gathered in the one pass that all share."""
+        return sorted(frozenset().union(*(cell.extras for cell in self.cells)))
+
+
+def expand(overrides: Sequence[str]) -> Sweep:
+    """Compose every cell of the command line, as Hydra will, without running any. Raises UserError."""
+    arguments = [argument for argument in overrides if argument not in ("-m", "--multirun")]
+    if flags := [argument for argument in arguments if argument.startswith("-")]:
+        raise UserError(f"Unknown option {flags[0]}. Give settings as name=value, for example method=reap ratio=0.25.")
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            first = compose("config", overrides=_single(arguments), return_hydra_config=True)
+            params = [f"{name}={value}" for name, value in (first.hydra.sweeper.params or {}).items()]
+            parsed = OverridesParser.create().parse_overrides([*params, *arguments])
+            grid = itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None))
+            configs = [compose("config", overrides=list(job)) for job in grid]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_message(error)) from error
+    name = first.hydra.runtime.choices.get("sweep") or "run"
+    return Sweep(name, tuple(cell_of(config) for config in configs), Store(Path(configs[0].store)))
+
+
+def _single(arguments: Sequence[str]) -> list[str]:
+    """The command line without its sweeps (``method=a,b``): enough to find a sweep file's parameters."""
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    return [argument for argument, override in zip(arguments, parsed, strict=True) if not override.is_sweep_override()]
+
+
+def _one_message(error: Exception) -> str:
+    """Hydra's message without its decoration: it already lists the available options."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(
+        line for line in lines if line and not line.startswith(("full_key", "object_type", "Config search"))
+    )

@@ -1,0 +1,258 @@
+"""The stages of one cell, each found in the store or made there. `harness/run.py` strings them together."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import checkpoint, stats
+from harness import plan as plans
+from harness.errors import StageError, UserError
+from harness.plan import Plan
+from harness.provenance import provenance
+from harness.spec import Cell, method_identity
+from harness.stats import LayerStats, Stats
+from harness.store import Store, key, remove, say
+from tasks import LLM, Score, Task
+
+RECORD_SCHEMA = 1
+STATS_SCHEMA = 1  # raise it when a change of calibrate.py changes the sums
+
+
+def tokens(cell: Cell, store: Store) -> np.ndarray:
+    """Packed calibration tokens [sequences, length]."""
+    from safetensors.numpy import load_file, save_file
+
+    name = key(documents=dict(cell.calibration.identity()), tokenizer=cell.model.tokenizer_digest) + ".safetensors"
+    path = store.once("tokens", name, lambda path: save_file({"tokens": cell.calibration.tokens(cell.model)}, path))
+    return load_file(path)["tokens"]
+
+
+def statistics(cell: Cell, store: Store) -> Stats:
+    """Calibration statistics with every sum the method needs; for a method that needs none, only the layers' sizes."""
+    if not cell.calibrates:
+        return Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})
+    ids = tokens(cell, store)
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    fields = {
+        "model": cell.model.digest,
+        "tokens": digest,
+        "dtype": cell.calibration.dtype,
+        "schema": STATS_SCHEMA,
+    }
+    name = key(**fields) + ".safetensors"
+    found = store.path("stats", name)
+    known = stats.load(found).names & set(stats.EXTRAS) if found.exists() else frozenset()
+    if found.exists() and cell.extras <= known:
+        say("calibrate", name, "cached")
+    else:
+        made = _calibrate(cell, ids, frozenset(cell.extras | known), fields)
+        store.once("stats", name, lambda path: stats.save(made, path), again=True)
+        say("calibrate", name, f"{made.provenance['seconds']:.1f} s, {ids.size} tokens")
+    return stats.load(found)
+
+
+def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
+    from tqdm import tqdm
+
+    from harness.calibrate import calibrate, packed_batches
+
+    start = time.perf_counter()
+    model = cell.model.load(cell.calibration.dtype)
+    batch_size = cell.calibration.batch_size
+    batches = tqdm(packed_batches(ids, batch_size), "calibrate", -(-len(ids) // batch_size), leave=False)
+    made = calibrate(model, batches, extras)
+    about = {
+        **fields,
+        "seconds": time.perf_counter() - start,
+        "number_of_tokens": int(ids.size),
+        **provenance(),
+    }
+    return Stats(made.layers, about)
+
+
+def plan(cell: Cell, given: Stats, store: Store) -> Plan:
+    """What becomes of every expert, validated against the model."""
+    name = f"{cell.slug}-{key(**cell.identity())}.json"
+
+    def make(path: Path) -> None:
+        start = time.perf_counter()
+        layers = cell.method.plan(given.only(cell.method.needs), cell.keep)
+        about = {
+            "model": cell.model.name,
+            "method": method_identity(cell.method),
+            "label": cell.label,
+            "ratio": cell.ratio,
+            "seed": cell.seed,
+            "statistics": dict(given.provenance),
+            "seconds": time.perf_counter() - start,
+        }
+        path.write_text(plans.to_json(Plan(layers, about)))
+
+    cached = store.path("plans", name).exists()
+    made = plans.from_json(store.once("plans", name, make).read_text())
+    made.validate(cell.model.experts, cell.model.top_k)
+    checkpoint.written_experts(made)
+    say("plan", name, "cached" if cached else f"{made.provenance['seconds']:.2f} s")
+    return made
+
+
+@dataclass
+class Serving:
+    """A plan that is being served, and what it took."""
+
+    llm: LLM
+    seconds: dict[str, float]
+
+
+@contextmanager
+def serving(cell: Cell, made: Plan, store: Store) -> Iterator[Serving]:
+    """The compressed model at a URL. Uncompressed, the original folder is served; else a checkpoint is written,
+    checked, and deleted afterwards unless ``keep_checkpoints``.
+    """
+    seconds = {"export": 0.0}
+    with _folder(cell, made, store, seconds) as folder:
+        log = store.path("logs", f"{cell.slug}-{made.digest[:16]}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        with cell.serve.serve(folder, cell.slug, log) as llm:
+            seconds["serve"] = time.perf_counter() - start
+            say("serve", cell.slug, f"{seconds['serve']:.1f} s")
+            yield Serving(llm, seconds)
+
+
+@contextmanager
+def _folder(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> Iterator[Path]:
+    if made.is_identity:
+        yield cell.model.folder
+        return
+    name = key(model=cell.model.digest, plan=made.digest)
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        checkpoint.export(cell.model, made, path)
+        checkpoint.verify(path, cell.model)
+
+    start = time.perf_counter()
+    with store.locked("serving", name):
+        folder = store.once("checkpoints", name, make)
+        seconds["export"] = time.perf_counter() - start
+        say("export", name, f"{seconds['export']:.1f} s")
+        try:
+            yield folder
+        finally:
+            if not cell.keep_checkpoints:
+                remove(folder)
+
+
+def score_name(cell: Cell, made: Plan, task: Task) -> str:
+    """Name of the score of these weights on this task, whatever method found the plan."""
+    weights = key(model=cell.model.digest, plan="identity" if made.is_identity else made.digest)
+    return key(weights=weights, task=dict(task.identity()), serve=dict(cell.serve.identity())) + ".json"
+
+
+def score(cell: Cell, made: Plan, task: Task, served: Serving, store: Store) -> None:
+    """Score the served model on one task and keep the score and every sample. Raises StageError."""
+    name = score_name(cell, made, task)
+    work = store.path("work", name.removesuffix(".json"))
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    try:
+        found = task.score(served.llm, work)
+    finally:
+        remove(work)
+    seconds = {**served.seconds, "score": time.perf_counter() - start}
+    _check_score(task, found)
+    store.once("samples", name.replace(".json", ".jsonl.gz"), lambda path: _write_samples(path, found.samples), True)
+    document = {
+        "metrics": {metric: asdict(value) for metric, value in found.metrics.items()},
+        "counts": dict(found.counts),
+        "seconds": seconds,
+        "task": dict(task.identity()),
+        "serve": dict(cell.serve.identity()),
+        "provenance": provenance(),
+    }
+    store.write_json("scores", name, document)
+    values = ", ".join(f"{metric} {value.value:.3f}" for metric, value in found.metrics.items())
+    say("score", f"{cell.slug} {task.name}", f"{seconds['score']:.1f} s  {values}")
+
+
+def scored(cell: Cell, made: Plan, task: Task, store: Store) -> bool:
+    return store.path("scores", score_name(cell, made, task)).exists()
+
+
+def is_done(cell: Cell, task: Task, store: Store) -> bool:
+    """Whether this cell's record on this task holds a score. Failed records are tried again."""
+    found = store.read_json("records", cell.record_name(task))
+    return found is not None and found["status"] == "done"
+
+
+@contextmanager
+def noting(errors: dict[str, str], tasks: Iterable[Task]) -> Iterator[None]:
+    """Turn a failure inside this context into the reason why these tasks have no score; the sweep goes on."""
+    try:
+        yield
+    except (StageError, UserError) as problem:
+        reason = str(problem)
+    except Exception:  # a bug of ours or of a library's: kept in full
+        reason = traceback.format_exc()
+    else:
+        return
+    for task in tasks:
+        errors.setdefault(task.name, reason)
+    say("failed", ", ".join(task.name for task in tasks), reason.strip().splitlines()[-1])
+
+
+def _check_score(task: Task, found: Score) -> None:
+    if not found.metrics:
+        raise StageError(f"{task.name} gave no metric at all.")
+    for name, metric in found.metrics.items():
+        if not np.isfinite([metric.value, metric.stderr]).all() or metric.n < 1:
+            raise StageError(f"{task.name}: {name} is {metric.value} ± {metric.stderr} on {metric.n} items.")
+
+
+def _write_samples(path: Path, samples: Sequence[Any]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+
+def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error: str | None, store: Store) -> None:
+    """One JSON for one cell on one task: what was asked, what it is made of, and either its score or why it failed."""
+    document: dict[str, Any] = {
+        "schema": RECORD_SCHEMA,
+        "status": "failed" if error else "done",
+        "model": cell.model.name,
+        "method": type(cell.method).__module__.removeprefix("methods."),
+        "label": cell.label,
+        "ratio": cell.ratio,
+        "seed": cell.seed if cell.compresses else None,
+        "calibration": cell.calibration.name if cell.calibrates else None,
+        "task": task.name,
+        "cell": cell.identity(),
+        "original": {"parameters": cell.model.parameters, "bytes": cell.model.bytes},
+        "error": error,
+    }
+    if given is not None and made is not None:
+        document["plan"] = made.digest
+        document["size"] = asdict(checkpoint.measure(cell.model, made))
+        document["seconds"] = {
+            "calibrate": given.provenance.get("seconds", 0.0),
+            "plan": made.provenance["seconds"],
+        }
+        if not error:
+            name = score_name(cell, made, task)
+            found = store.read_json("scores", name)
+            assert found is not None, f"{task.name} neither failed nor has a score"
+            document["seconds"] |= found.pop("seconds")
+            document |= found | {"score": name}
+    store.write_json("records", cell.record_name(task), document)
