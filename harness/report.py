@@ -7,6 +7,7 @@ A cell without a record shows "—", a failed one "✗"; neither is ever average
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path

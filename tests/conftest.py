@@ -1,0 +1,136 @@
+"""Small real mixture-of-experts models, built in the test, no network; and statistics with planted structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from harness.models import ROOT, Model
+from harness.stats import EXTRAS, ROUTED, LayerStats, Stats
+
+SHARED = ROOT.parent / "shared"
+EXPERTS, TOP_K, HIDDEN = 8, 2, 32
+
+
+def needs_shared(path: str) -> Path:
+    """A file or folder beside the project, or a skip that says why."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"shared/{path} is not beside this checkout")
+    return found
+
+
+def family_config(family: str) -> PreTrainedConfig:
+    """A tiny architecture of this family: 8 experts, top-2, 3 layers (glm4_moe: the first dense)."""
+    common = {
+        "vocab_size": 97,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "num_experts_per_tok": TOP_K,
+    }
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **common, num_experts=EXPERTS, moe_intermediate_size=16, intermediate_size=48, norm_topk_prob=True
+        )
+    if family == "mixtral":
+        return MixtralConfig(**common, num_local_experts=EXPERTS, intermediate_size=48)
+    assert family == "glm4_moe"
+    return Glm4MoeConfig(
+        **common,
+        n_routed_experts=EXPERTS,
+        moe_intermediate_size=16,
+        intermediate_size=48,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+    )
+
+
+FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe")
+
+
+def write_model(family: str, folder: Path, change: Callable[[torch.nn.Module], None] | None = None, **save) -> Model:
+    """A random float32 model of the family on disk; ``change`` may plant something in its weights first."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family_config(family), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    model.save_pretrained(folder, **save)
+    return Model(family, str(folder))
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """One random model of each family."""
+    return write_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def qwen_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return write_model("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe_plain"))
+
+
+def token_batches(batches: int = 3, padded: bool = True) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Random ids and masks, [2, 24] each; some rows right-padded."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for batch in range(batches):
+        ids = torch.randint(0, 97, (2, 24), generator=generator)
+        mask = torch.ones_like(ids)
+        if padded and batch != 1:
+            mask[1, 17:] = 0
+        result.append((ids, mask))
+    return result
+
+
+def random_stats(seed: int, experts: int = 12, layers: int = 3) -> Stats:
+    """Plausible statistics: counts with their sums, a Gram matrix of real logits, expert mean outputs."""
+    return Stats({layer: _random_layer(np.random.default_rng([seed, layer]), experts) for layer in range(layers)})
+
+
+def _random_layer(rng: np.random.Generator, experts: int) -> LayerStats:
+    count = rng.integers(5, 500, experts).astype(float)
+    gate = count * rng.uniform(0.05, 0.5, experts)
+    norm = count * rng.uniform(0.5, 3, experts)
+    logits = rng.normal(size=(64, experts)) @ rng.normal(size=(experts, experts))
+    sums = {
+        "count": count,
+        "gate": gate,
+        "norm": norm,
+        "norm_sq": norm**2 / count * rng.uniform(1, 1.5, experts),
+        "gate_norm": gate * norm / count * rng.uniform(0.8, 1.2, experts),
+        "gate_sq_norm_sq": rng.uniform(1, 9, experts),
+        "logit_gram": logits.T @ logits,
+        "all_output_sum": rng.normal(size=(experts, 20)),
+    }
+    assert set(sums) == {*ROUTED, *EXTRAS}, "plant every statistic there is"
+    return LayerStats(experts, 64, sums)
+
+
+def permuted(stats: Stats, order: np.ndarray) -> Stats:
+    """The same statistics of a model whose expert ``order[j]`` is now called j."""
+    return Stats({index: _permuted_layer(layer, order) for index, layer in stats.layers.items()})
+
+
+def _permuted_layer(layer: LayerStats, order: np.ndarray) -> LayerStats:
+    pairwise = {"logit_gram"}
+    sums = {k: (v[np.ix_(order, order)] if k in pairwise else v[order]) for k, v in layer.sums.items()}
+    return LayerStats(layer.experts, layer.tokens, sums)

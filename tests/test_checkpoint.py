@@ -1,0 +1,258 @@
+"""Export: the written model is the masked one, to the bit where nothing is merged; broken ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from harness import checkpoint
+from harness.errors import UserError
+from harness.models import Model
+from harness.plan import LayerPlan, Plan, Source
+from tests.conftest import EXPERTS, token_batches, write_model
+
+KEPT = {0: [0, 2, 3, 6, 7], 1: [1, 2, 4, 5, 7], 2: [0, 1, 3, 4, 6]}
+
+
+def prune_plan(model: Model) -> Plan:
+    return Plan({layer: LayerPlan.prune(KEPT[layer], EXPERTS) for layer in model.experts})
+
+
+def merge_plan(model: Model) -> Plan:
+    weights = [1.0, 2, 3, 4, 5, 6, 7, 8]
+    return Plan({layer: LayerPlan.merge([[0, 5], [1], [2, 3, 7], [4, 6]], weights) for layer in model.experts})
+
+
+def exported(model: Model, plan: Plan, folder: Path) -> Model:
+    folder.mkdir(exist_ok=True)
+    checkpoint.export(model, plan, folder)
+    checkpoint.verify(folder, model)
+    return Model("exported", str(folder))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_batches()[1][0]).logits
+
+
+def mask_router(router: torch.nn.Module, dropped: list[int]) -> None:
+    """Make a router give the dropped experts no chance, by its own rule: -inf before the softmax or as the bias."""
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[dropped] = float("-inf")
+        return
+    normalise = getattr(router, "norm_topk_prob", True)
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = hidden.reshape(-1, hidden.shape[-1]) @ router.weight.T
+        scores[:, dropped] = float("-inf")
+        values, chosen = torch.topk(scores.softmax(-1), router.top_k, dim=-1)
+        return scores, values / values.sum(-1, keepdim=True) if normalise else values, chosen
+
+    router.forward = forward
+
+
+def test_pruned_logits_equal_the_masked_routers(family_model: Model, tmp_path: Path) -> None:
+    pruned = exported(family_model, prune_plan(family_model), tmp_path / "pruned").load("float32")
+    masked = family_model.load("float32")
+    full = logits(masked)
+    for layer in family_model.experts:
+        mask_router(masked.model.layers[layer].mlp.gate, sorted(set(range(EXPERTS)) - set(KEPT[layer])))
+    torch.testing.assert_close(logits(pruned), logits(masked), atol=1e-5, rtol=1e-5)
+    assert (logits(pruned) - full).abs().max() > 1e-2, "pruning did something"
+
+
+def test_none_exports_every_byte(family_model: Model, tmp_path: Path) -> None:
+    plan = Plan({layer: LayerPlan.identity(count) for layer, count in family_model.experts.items()})
+    out = exported(family_model, plan, tmp_path / "same")
+    assert out.tensors.keys() == family_model.tensors.keys()
+    for name, tensor in family_model.tensors.items():
+        assert out.tensors[name].read() == tensor.read()
+        assert (out.tensors[name].dtype, out.tensors[name].shape) == (tensor.dtype, tensor.shape)
+    assert (out.folder / "config.json").read_bytes() == (family_model.folder / "config.json").read_bytes()
+
+
+def test_kept_experts_are_copied_bit_for_bit(family_model: Model, tmp_path: Path) -> None:
+    out = exported(family_model, prune_plan(family_model), tmp_path / "pruned")
+    old, new = (load_file(m.folder / "model.safetensors") for m in (family_model, out))
+    for name, tensor in new.items():
+        if ".experts." not in name:
+            continue
+        layer = int(name.split("layers.")[1].split(".")[0])
+        head, expert, part = name.partition("experts.")[0], *name.partition("experts.")[2].split(".", 1)
+        assert torch.equal(tensor, old[f"{head}experts.{KEPT[layer][int(expert)]}.{part}"])
+
+
+def test_merged_experts_are_the_weighted_means_behind_an_untouched_router(family_model: Model, tmp_path: Path) -> None:
+    plan = merge_plan(family_model)
+    out = exported(family_model, plan, tmp_path / "merged").load("float32")
+    by_hand = family_model.load("float32")
+    with torch.no_grad():
+        for index, layer in plan.layers.items():
+            experts = by_hand.model.layers[index].mlp.experts
+            for parameter in (experts.gate_up_proj, experts.down_proj):
+                old = parameter.clone()
+                for expert, slot in enumerate(layer.routes):
+                    parameter[expert] = sum(source.weight * old[source.expert] for source in layer.slots[slot])
+    torch.testing.assert_close(logits(out), logits(by_hand), atol=1e-4, rtol=1e-4)
+
+
+def test_pruning_and_merging_at_once(family_model: Model, tmp_path: Path) -> None:
+    """Experts 6 and 7 are dropped, 0 and 1 merged, the rest copied."""
+    slots = ((Source(0, 0.5), Source(1, 0.5)), (Source(2),), (Source(3),), (Source(4),), (Source(5),))
+    routes = (0, 0, 1, 2, 3, 4, None, None)
+    out = exported(family_model, Plan(dict.fromkeys(family_model.experts, LayerPlan(slots, routes))), tmp_path / "mix")
+    assert set(out.experts.values()) == {6}
+    experts = out.load("float32").model.layers[max(out.experts)].mlp.experts
+    assert torch.equal(experts.down_proj[0], experts.down_proj[1])
+
+
+@pytest.mark.parametrize("plan_of", [prune_plan, merge_plan])
+def test_sizes_are_those_of_the_written_files(
+    family_model: Model, tmp_path: Path, plan_of: Callable[[Model], Plan]
+) -> None:
+    plan = plan_of(family_model)
+    size = checkpoint.measure(family_model, plan)
+    out = exported(family_model, plan, tmp_path / "out")
+    assert (size.bytes, size.parameters) == (out.bytes, out.parameters)
+    assert {size.experts} == set(out.experts.values())
+    assert size.distinct == sum(plan.distinct_experts().values()) / len(plan.layers)
+    assert size.distinct_bytes <= size.bytes
+
+
+def test_a_checkpoint_of_many_files_keeps_its_index_true(tmp_path: Path) -> None:
+    model = write_model("qwen3_moe", tmp_path / "model", max_shard_size="40KB")
+    assert len(list(model.folder.glob("*.safetensors"))) > 3
+    whole = write_model("qwen3_moe", tmp_path / "whole")
+    for name, plan_of in (("pruned", prune_plan), ("merged", merge_plan)):
+        out = exported(model, plan_of(model), tmp_path / name)
+        index = json.loads((out.folder / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == out.bytes
+        assert {n: t.file.name for n, t in out.tensors.items()} == index["weight_map"]
+        expected = exported(whole, plan_of(whole), tmp_path / f"{name}-whole")
+        torch.testing.assert_close(logits(out.load("float32")), logits(expected.load("float32")), atol=0, rtol=0)
+
+
+def test_bf16_is_averaged_in_float32(tmp_path: Path) -> None:
+    values = [torch.randn(64).bfloat16() for _ in range(3)]
+    parts = [(v.view(torch.uint8).numpy().tobytes(), w) for v, w in zip(values, (0.2, 0.3, 0.5), strict=True)]
+    merged = torch.frombuffer(bytearray(checkpoint.weighted_mean(parts, "BF16")), dtype=torch.bfloat16)
+    exact = 0.2 * values[0].double() + 0.3 * values[1].double() + 0.5 * values[2].double()
+    assert torch.equal(merged, exact.float().bfloat16())
+
+
+def test_quantised_experts_are_not_averaged() -> None:
+    with pytest.raises(UserError, match="F8_E4M3"):
+        checkpoint.weighted_mean([(b"1234", 0.5), (b"1234", 0.5)], "F8_E4M3")
+
+
+def test_layers_of_different_counts_are_refused_for_a_stock_checkpoint(qwen_model: Model, tmp_path: Path) -> None:
+    layers = {layer: LayerPlan.prune(range(4 + layer), EXPERTS) for layer in qwen_model.experts}
+    with pytest.raises(UserError, match="one expert count"):
+        checkpoint.export(qwen_model, Plan(layers), tmp_path)
+
+
+def test_config_is_patched_and_nothing_else_in_it(family_model: Model, tmp_path: Path) -> None:
+    out = exported(family_model, prune_plan(family_model), tmp_path / "out")
+    old, new = (json.loads((m.folder / "config.json").read_text()) for m in (family_model, out))
+    changed = {name for name in old if old[name] != new[name]}
+    assert old.keys() == new.keys() and len(changed) == 1
+    assert new[changed.pop()] == 5
+
+
+# Damage: each kind must be refused before anyone serves the checkpoint.
+
+
+def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _missing_expert(folder: Path) -> None:
+    _edit(folder, lambda t: [t.pop(n) for n in list(t) if "layers.1.mlp.experts.4." in n])
+
+
+def _leftover_expert(folder: Path) -> None:
+    _edit(folder, lambda t: t.update({n.replace("experts.4.", "experts.5."): v.clone() for n, v in t.items()}))
+
+
+def _gap_in_numbering(folder: Path) -> None:
+    _edit(folder, lambda t: t.update({n.replace("experts.4.", "experts.9."): t.pop(n) for n in list(t)}))
+
+
+def _missing_part(folder: Path) -> None:
+    _edit(folder, lambda t: t.pop("model.layers.0.mlp.experts.2.up_proj.weight"))
+
+
+def _wrong_shape(folder: Path) -> None:
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    _edit(folder, lambda t: t.update({name: t[name][:3].clone()}))
+
+
+def _long_router(folder: Path) -> None:
+    name = "model.layers.2.mlp.gate.weight"
+    _edit(folder, lambda t: t.update({name: torch.cat([t[name], t[name][:1]])}))
+
+
+def _no_router(folder: Path) -> None:
+    _edit(folder, lambda t: t.pop("model.layers.2.mlp.gate.weight"))
+
+
+def _missing_norm(folder: Path) -> None:
+    _edit(folder, lambda t: t.pop("model.norm.weight"))
+
+
+def _nan_router(folder: Path) -> None:
+    _edit(folder, lambda t: t["model.layers.0.mlp.gate.weight"].fill_(float("nan")))
+
+
+def _infinite_expert(folder: Path) -> None:
+    _edit(folder, lambda t: t["model.layers.0.mlp.experts.0.down_proj.weight"].fill_(float("inf")))
+
+
+def _truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _not_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x80\x04pickle")
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _wrong_count(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for alias in ("num_experts", "num_local_experts"):
+        if alias in config:
+            config[alias] = EXPERTS
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _two_counts(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 8}))
+
+
+DAMAGE = [
+    _missing_expert, _leftover_expert, _gap_in_numbering, _missing_part, _wrong_shape, _long_router, _no_router,
+    _missing_norm, _nan_router, _infinite_expert, _truncated, _not_safetensors, _no_weights, _wrong_count, _two_counts,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__.strip("_"))
+def test_a_broken_checkpoint_is_refused(qwen_model: Model, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    out = exported(qwen_model, prune_plan(qwen_model), tmp_path / "out").folder
+    broken = tmp_path / "broken"
+    shutil.copytree(out, broken)
+    damage(broken)
+    with pytest.raises(UserError):
+        checkpoint.verify(broken, qwen_model)

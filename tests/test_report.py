@@ -1,0 +1,141 @@
+"""Tables and plot are pure functions of records: nothing is averaged over, nothing invented."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from harness import report
+from harness.spec import Sweep
+from harness.store import Store
+
+
+@dataclass(frozen=True)
+class FakeTask:
+    name: str
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    name: str = "toy"
+
+
+@dataclass(frozen=True)
+class FakeCell:
+    """Only what the report reads of a cell."""
+
+    label: str
+    ratio: float
+    seed: int = 0
+    tasks: tuple[FakeTask, ...] = (FakeTask("sums"), FakeTask("facts"))
+    model: FakeModel = field(default_factory=FakeModel)
+
+    @property
+    def compresses(self) -> bool:
+        return self.ratio > 0
+
+    def record_name(self, task: FakeTask) -> str:
+        return f"{self.label}-{self.ratio}-{self.seed if self.compresses else 0}-{task.name}.json"
+
+
+def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | None, **more: Any) -> None:
+    record = {
+        "status": "failed" if value is None else "done",
+        "error": "Traceback\nStageError: the server died" if value is None else None,
+        "calibration": "tiny",
+        "original": {"parameters": 100, "bytes": 8_000_000},
+        "size": {"experts": 6, "distinct": 6.0, "parameters": 75, "bytes": 6_000_000, "distinct_bytes": 6_000_000},
+        "seconds": dict.fromkeys(report.STAGES, 1.25),
+        "provenance": {"commit": "abc", "versions": {"torch": "2"}, "processor": "cpu"},
+    }
+    if value is not None:
+        record["metrics"] = {"acc": {"value": value, "stderr": 0.02, "n": 300, "higher_is_better": True}}
+    store.write_json("records", cell.record_name(task), {**record, **more})
+
+
+def sweep_of(tmp_path: Path, cells: list[FakeCell]) -> Sweep:
+    return Sweep("toy", tuple(cells), Store(tmp_path))  # type: ignore[arg-type]
+
+
+def filled(tmp_path: Path) -> Sweep:
+    """Uncompressed; REAP done; EAN: one task failed, one never run."""
+    base, reap, ean = FakeCell("uncompressed", 0.0), FakeCell("REAP", 0.25), FakeCell("EAN", 0.25)
+    sweep = sweep_of(tmp_path, [base, reap, ean])
+    for task, value in zip(base.tasks, (0.9, 0.8), strict=True):
+        write_record(sweep.store, base, task, value)
+    for task, value in zip(reap.tasks, (0.85, 0.81), strict=True):
+        write_record(sweep.store, reap, task, value)
+    write_record(sweep.store, ean, ean.tasks[0], None)
+    return sweep
+
+
+def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:
+    table = report.scores(report.frame(filled(tmp_path)))
+    assert table.loc[("uncompressed", "0"), "sums acc (n=300)"] == "90.0 ± 2.0"
+    assert table.loc[("REAP", "0.25"), "sums acc (n=300)"] == "85.0 ± 2.0 (-5.0)"
+    assert table.loc[("REAP", "0.25"), "facts acc (n=300)"] == "81.0 ± 2.0 (+1.0)"
+
+
+def test_failed_and_absent_cells_are_shown_as_such(tmp_path: Path) -> None:
+    sweep = filled(tmp_path)
+    table = report.scores(report.frame(sweep))
+    assert table.loc[("EAN", "0.25")].tolist() == [report.FAILED, report.NOT_RUN]
+    assert report.failures(report.frame(sweep)) == ["✗ EAN ratio=0.25 sums: StageError: the server died"]
+
+
+def test_seeds_are_averaged_only_when_all_are_there(tmp_path: Path) -> None:
+    cells = [FakeCell("REAP", 0.5, seed, (FakeTask("sums"),)) for seed in range(3)]
+    sweep = sweep_of(tmp_path, cells)
+    for cell, value in zip(cells, (0.5, 0.6, 0.7), strict=True):
+        write_record(sweep.store, cell, cell.tasks[0], value)
+    assert report.scores(report.frame(sweep)).iloc[0, 0] == "60.0 ± 10.0"
+    write_record(sweep.store, cells[1], cells[1].tasks[0], None)
+    assert report.scores(report.frame(sweep)).iloc[0, 0] == "✗ 1 of 3 seeds"
+    (tmp_path / "records" / cells[1].record_name(cells[1].tasks[0])).unlink()
+    assert report.scores(report.frame(sweep)).iloc[0, 0] == "— 1 of 3 seeds"
+
+
+def test_the_uncompressed_model_appears_once_however_the_grid_repeats_it(tmp_path: Path) -> None:
+    cells = [FakeCell("uncompressed", 0.0, seed, (FakeTask("sums"),)) for seed in range(3)]
+    sweep = sweep_of(tmp_path, cells)
+    write_record(sweep.store, cells[0], cells[0].tasks[0], 0.9)
+    assert len(report.frame(sweep)) == 1
+
+
+def test_nothing_run_at_all_is_a_table_of_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = sweep_of(tmp_path, [FakeCell("REAP", 0.25)])
+    assert report.show(sweep) == 0
+    assert "| REAP | 0.25 | —" in re.sub(r" +", " ", capsys.readouterr().out)
+
+
+def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = filled(tmp_path)
+    assert report.show(sweep) == 1, "a failed cell makes the exit status 1"
+    printed = capsys.readouterr().out
+    for kind, suffix in [
+        ("tables", "md"),
+        ("tables", "csv"),
+        ("tables", "tex"),
+        ("figures", "png"),
+        ("figures", "pdf"),
+    ]:
+        path = tmp_path / kind / f"toy.{suffix}"
+        assert path.stat().st_size > 200
+        assert str(path) in printed
+    tidy = pd.read_csv(tmp_path / "tables" / "toy.csv")
+    assert set(tidy["status"]) == {"done", "failed", "not run"}
+    assert tidy[tidy["status"] != "done"]["value"].isna().all()
+    latex = (tmp_path / "tables" / "toy.tex").read_text()
+    assert r"\toprule" in latex and r"$\pm$" in latex and "✗" not in latex
+
+
+def test_costs_name_what_a_size_counts(tmp_path: Path) -> None:
+    row = report.costs(report.frame(filled(tmp_path))).loc[("REAP", "0.25")]
+    assert row["experts written per layer"] == "6"
+    assert row["MB before"] == "8.00" and row["MB written"] == "6.00"
+    assert row["score s"] == "2.5", "summed over the two tasks"

@@ -1,0 +1,97 @@
+"""The store: made once, never half-written, keyed by what determines the content."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.store import Store, key
+
+
+def test_is_made_once(tmp_path: Path) -> None:
+    store, calls = Store(tmp_path), []
+
+    def make(path: Path) -> None:
+        calls.append(path)
+        path.write_text("made")
+
+    for _ in range(2):
+        assert store.once("stats", "a.txt", make).read_text() == "made"
+    assert len(calls) == 1
+    store.once("stats", "a.txt", make, again=True)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, folder: bool) -> None:
+    store = Store(tmp_path)
+
+    def break_off(path: Path) -> None:
+        if folder:
+            path.mkdir()
+            path = path / "half"
+        path.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        store.once("plans", "x", break_off)
+    assert list((tmp_path / "plans").iterdir()) == []
+    store.write_text("plans", "y", "good")
+    with pytest.raises(RuntimeError):
+        store.once("plans", "y", break_off, again=True)
+    assert [p.name for p in (tmp_path / "plans").iterdir()] == ["y"]
+    assert (tmp_path / "plans" / "y").read_text() == "good"
+
+
+def _make_slowly(root: Path) -> None:
+    def make(path: Path) -> None:
+        with (root / "calls").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        path.write_text("half")
+        time.sleep(1)
+        path.write_text("whole")
+
+    Store(root).once("stats", "one", make)
+
+
+def test_two_workers_on_one_key_do_the_work_once(tmp_path: Path) -> None:
+    workers = [multiprocessing.get_context("fork").Process(target=_make_slowly, args=(tmp_path,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert len((tmp_path / "calls").read_text().split()) == 1
+    assert (tmp_path / "stats" / "one").read_text() == "whole"
+
+
+def test_killed_in_the_middle_it_is_simply_made_again(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=_make_slowly, args=(tmp_path,))
+    worker.start()
+    while not (tmp_path / "calls").exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(30)
+    assert not (tmp_path / "stats" / "one").exists(), "what was half-written is not there to be read"
+    _make_slowly(tmp_path)
+    assert (tmp_path / "stats" / "one").read_text() == "whole"
+
+
+def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_json("records", "r.json", {"value": float("nan")})
+    assert store.read_json("records", "r.json") is None
+    store.write_json("records", "r.json", {"value": 0.5})
+    assert json.loads((tmp_path / "records" / "r.json").read_text()) == store.read_json("records", "r.json")
+
+
+def test_keys_depend_on_content_and_not_on_order() -> None:
+    assert key(a=1, b=[1, 2]) == key(b=[1, 2], a=1)
+    assert key(a=1) != key(a=2) != key(b=2)
