@@ -37,7 +37,7 @@ def calibrate(
     observer = Observer(model, extras)
     with observer.attached(), torch.no_grad():
         for ids, mask in batches:
-            observer.mask = mask.bool().flatten().to(model.device)
+            observer.mask = mask.bool().flatten()
             model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
     if not observer.layers:
         raise UserError(
@@ -122,17 +122,18 @@ class Observer:
     def _observe(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, outputs: Tensor) -> None:
         layer = self.index_of[experts]
         assert self.mask is not None and len(self.mask) == len(hidden), "the experts see every token of the batch"
+        mask = self.mask.to(hidden.device)
         here = self.layers.setdefault(layer, Accumulator(int(experts.num_experts)))  # type: ignore[arg-type]
-        here.tokens += int(self.mask.sum())
-        routed = routed_sums(index[self.mask], weight[self.mask], outputs[self.mask], here.experts)
+        here.tokens += int(mask.sum())
+        routed = routed_sums(index[mask], weight[mask], outputs[mask], here.experts)
         if not torch.isfinite(routed["gate_norm"]).all():
             raise StageError(f"Calibration: experts of layer {layer} gave outputs that are not finite.")
         for name, value in routed.items():
             here.add(name, value)
         if "all_output_sum" in self.extras:
-            here.add("all_output_sum", all_output_sum(experts, hidden[self.mask], here.experts))
+            here.add("all_output_sum", all_output_sum(experts, hidden[mask], here.experts))
         if "logit_gram" in self.extras:
-            logits = self.logits.pop(layer)[self.mask].double()
+            logits = self.logits.pop(layer)[mask].double()
             here.add("logit_gram", logits.T @ logits)
 
 

@@ -208,11 +208,16 @@ def verify(folder: Path, source: Model) -> None:
         raise UserError(f"{folder} has experts in layers {sorted(written.experts)}, not in {sorted(source.experts)}.")
     if (missing := _others(source) - _others(written)) or (missing := _others(written) - _others(source)):
         raise UserError(f"{folder}: tensors differ from the original's in name or shape: {sorted(missing)[:5]}.")
-    for layer, count in written.experts.items():
-        _verify_layer(written, layer, count)
+    check_structure(written)
     for name, tensor in written.tensors.items():
         if not _finite(tensor):
             raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite.")
+
+
+def check_structure(model: Model) -> None:
+    """Raise UserError unless experts, routers and config.json of a checkpoint fit together. Reads headers only."""
+    for layer, count in model.experts.items():
+        _verify_layer(model, layer, count)
 
 
 def _others(model: Model) -> set[tuple[str, tuple[int, ...]]]:

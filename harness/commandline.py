@@ -23,6 +23,9 @@ def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     waiting = [c for c in sweep.cells if not all(stages.is_done(c, task, sweep.store) for task in c.tasks)]
     for cell in waiting[:1]:
         cell.serve.check(cell.model.bytes)
+    for cell in waiting:
+        if cell.calibrates:
+            stages.tokens(cell, sweep.store)  # refuses too little text; the tokens are kept for the calibration
     multirun = ["-m"] if len(sweep.cells) > 1 and "-m" not in arguments else []
     return sweep, [*multirun, *arguments, f"collect=[{','.join(sweep.extras)}]"]
 

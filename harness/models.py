@@ -192,10 +192,14 @@ class Model:
         return hashlib.sha256("\n".join(f"{file.name} {_sha256(file)}" for file in files).encode()).hexdigest()
 
     def load(self, dtype: str) -> PreTrainedModel:
-        """The model in memory, for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
+        """The model in memory, over the GPUs if there are any, for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
+        import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
+        device_map = "auto" if torch.cuda.is_available() else None
+        model = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=dtype, device_map=device_map, local_files_only=True
+        )
         return model.eval()
 
 

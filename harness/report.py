@@ -174,7 +174,7 @@ def show(sweep: Sweep) -> int:
     tidy = frame(sweep)
     tables = {"scores": scores(tidy), "costs": costs(tidy)}
     for table in tables.values():
-        print(table.reset_index().to_markdown(index=False, disable_numparse=True), end="\n\n")
+        print(markdown(table), end="\n\n")
     print(footer(tidy))
     for line in failures(tidy):
         print(line)
@@ -185,7 +185,7 @@ def show(sweep: Sweep) -> int:
 
 def write(store: Store, name: str, tidy: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> Iterable[Path]:
     """Markdown, LaTeX and tidy CSV in ``tables/``, the plot in ``figures/``."""
-    text = "\n\n".join(table.reset_index().to_markdown(index=False, disable_numparse=True) for table in tables.values())
+    text = "\n\n".join(markdown(table) for table in tables.values())
     yield _file(store, "tables", f"{name}.md", f"{text}\n\n{footer(tidy)}\n")
     yield _file(store, "tables", f"{name}.tex", "\n".join(latex(table) for table in tables.values()))
     yield _file(store, "tables", f"{name}.csv", tidy.to_csv(index=False))
@@ -193,6 +193,10 @@ def write(store: Store, name: str, tidy: pd.DataFrame, tables: Mapping[str, pd.D
         for suffix in ("png", "pdf"):
             draw = functools.partial(plot, tidy, suffix)
             yield store.once("figures", f"{name}.{suffix}", draw, again=True)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    return str(table.reset_index().to_markdown(index=False, disable_numparse=True))
 
 
 def latex(table: pd.DataFrame) -> str:

@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import methods
-from harness import budget
+from harness import budget, checkpoint
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.models import ROOT, Model
+from harness.serve import VLLM, Server
 from harness.stats import EXTRAS, ROUTED
 from harness.store import Store, key
 from methods import Method
@@ -46,7 +47,7 @@ class Cell:
     ratio: float
     seed: int
     tasks: tuple[Task, ...]
-    serve: Any
+    serve: VLLM | Server
     collect: frozenset[str] = frozenset()
     keep_checkpoints: bool = False
 
@@ -95,6 +96,12 @@ class Cell:
 
     def check(self) -> None:
         """Raise UserError, before any work, for everything that cannot work."""
+        checkpoint.check_structure(self.model)
+        if self.compresses and isinstance(self.serve, Server):
+            raise UserError(
+                f"{self.label} makes a model of its own, and {self.serve.url} serves the one it serves. Use serve=vllm, "
+                "or serve the compressed checkpoint yourself and score it there with method=none."
+            )
         if self.compresses:
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
         unknown = (self.method.needs | self.collect) - set(ROUTED) - set(EXTRAS)
@@ -123,7 +130,7 @@ def method_identity(method: Method) -> dict[str, Any]:
 def cell_of(config: DictConfig) -> Cell:
     """Build the cell that a composed config describes. Raises UserError for values that make no sense."""
     try:
-        fields = dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        fields = dict(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not resolve: {error}") from error
     method = dict(fields["method"])

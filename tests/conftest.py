@@ -64,7 +64,7 @@ def write_model(family: str, folder: Path, change: Callable[[torch.nn.Module], N
     """A random float32 model of the family on disk; ``change`` may plant something in its weights first."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config(family), dtype=torch.float32)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     for name, buffer in model.named_buffers():

@@ -33,45 +33,45 @@ def expert_output(experts: torch.nn.Module, expert: int, x: Tensor) -> Tensor:
     return experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
 
 
-def naive(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Stats:
-    """Layer by layer, token by token, expert by expert, from hooks on what the blocks really received."""
-    seen: dict[int, list[tuple[Tensor, ...]]] = {}
-    masks = []
-    layers = {i: block.mlp for i, block in enumerate(model.model.layers) if hasattr(block.mlp, "experts")}
-
-    def hook(layer: int):
-        return lambda module, args: seen.setdefault(layer, []).append(args)
-
-    handles = [block.experts.register_forward_pre_hook(hook(index)) for index, block in layers.items()]
-    with torch.no_grad():
-        for ids, mask in batches:
-            model(input_ids=ids, attention_mask=mask)
-            masks.append(mask.flatten())
-    for handle in handles:
+def seen_by_experts(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[int, list[tuple]]:
+    """(input, chosen experts, gates, attention mask, block) of every batch, by MoE layer."""
+    seen: dict[int, list[tuple]] = {}
+    for index, block in enumerate(layer.mlp for layer in model.model.layers):
+        if not hasattr(block, "experts"):
+            continue
+        received: list[tuple] = []
+        handle = block.experts.register_forward_pre_hook(lambda _, args, received=received: received.append(args))
+        with torch.no_grad():
+            for ids, mask in batches:
+                model(input_ids=ids, attention_mask=mask)
         handle.remove()
-    result = {}
-    for index, block in layers.items():
-        sums = {name: np.zeros(EXPERTS) for name in ROUTED}
-        sums |= {"logit_gram": np.zeros((EXPERTS, EXPERTS)), "all_output_sum": np.zeros((EXPERTS, HIDDEN))}
-        tokens = 0
-        for (hidden, chosen, gates), mask in zip(seen[index], masks, strict=True):
-            for t in range(len(hidden)):
-                if mask[t] == 0:
-                    continue
-                tokens += 1
-                logits = (block.gate.weight @ hidden[t]).detach().double().numpy()
-                sums["logit_gram"] += np.outer(logits, logits)
-                for expert in range(EXPERTS):
-                    output = expert_output(block.experts, expert, hidden[t]).detach().double()
-                    sums["all_output_sum"][expert] += output.numpy()
-                    if expert in chosen[t]:
-                        n = float(output.norm())
-                        g = float(gates[t][chosen[t] == expert])
-                        values = {"count": 1, "gate": g, "norm": n, "norm_sq": n * n, "gate_norm": g * n}
-                        for name, value in {**values, "gate_sq_norm_sq": (g * n) ** 2}.items():
-                            sums[name][expert] += value
-        result[index] = LayerStats(EXPERTS, tokens, sums)
-    return Stats(result)
+        seen[index] = [(*args, mask.flatten(), block) for args, (_, mask) in zip(received, batches, strict=True)]
+    return seen
+
+
+def naive_layer(batches: list[tuple]) -> LayerStats:
+    """Token by token, expert by expert."""
+    sums = {name: np.zeros(EXPERTS) for name in ROUTED}
+    sums |= {"logit_gram": np.zeros((EXPERTS, EXPERTS)), "all_output_sum": np.zeros((EXPERTS, HIDDEN))}
+    tokens = 0
+    for hidden, chosen, gates, mask, block in batches:
+        for t in np.flatnonzero(mask):
+            tokens += 1
+            logits = (block.gate.weight @ hidden[t]).detach().double().numpy()
+            sums["logit_gram"] += np.outer(logits, logits)
+            for expert in range(EXPERTS):
+                output = expert_output(block.experts, expert, hidden[t]).detach().double()
+                sums["all_output_sum"][expert] += output.numpy()
+                if expert in chosen[t]:
+                    n, g = float(output.norm()), float(gates[t][chosen[t] == expert])
+                    values = {"count": 1, "gate": g, "norm": n, "norm_sq": n * n, "gate_norm": g * n}
+                    for name, value in {**values, "gate_sq_norm_sq": (g * n) ** 2}.items():
+                        sums[name][expert] += value
+    return LayerStats(EXPERTS, tokens, sums)
+
+
+def naive(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Stats:
+    return Stats({index: naive_layer(seen) for index, seen in seen_by_experts(model, batches).items()})
 
 
 def test_equal_a_naive_triple_loop(family_model: Model) -> None:

@@ -1,0 +1,187 @@
+"""Every YAML in conf/ composes into a cell; a grid is what Hydra will run; bad input is one message and status 2."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import run
+from harness.errors import UserError
+from harness.models import ROOT
+from harness.spec import Cell, expand
+from tests.conftest import write_model
+
+GROUPS = {
+    group.name: sorted(option.stem for option in group.glob("*.yaml"))
+    for group in sorted((ROOT / "conf").iterdir())
+    if group.is_dir()
+}
+# Options that need something said besides their name.
+MORE = {("serve", "server"): ["serve.url=http://127.0.0.1:9", "serve.model=m", "method=none"]}
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options])
+def test_every_option_composes(group: str, option: str) -> None:
+    sweep = expand([f"{group}={option}", *MORE.get((group, option), [])])
+    assert all(isinstance(cell, Cell) for cell in sweep.cells)
+    for cell in sweep.cells:
+        assert cell.tasks and cell.label
+        cell.check()
+
+
+def test_the_demo_is_five_methods_at_two_ratios_and_the_uncompressed_model() -> None:
+    cells = expand(["sweep=demo"]).cells
+    assert len({cell.label for cell in cells if cell.compresses}) == 5
+    assert {cell.ratio for cell in cells if cell.compresses} == {0.25, 0.5}
+    assert any(not cell.compresses for cell in cells)
+    assert {len(cell.tasks) for cell in cells} == {3}
+
+
+def test_a_sweep_gathers_what_all_its_methods_need_in_one_pass() -> None:
+    assert expand(["method=reap"]).extras == []
+    assert expand(["method=reap,hc_smoe,m_smoe"]).extras == ["all_output_sum", "logit_gram"]
+
+
+def test_a_grid_on_the_command_line() -> None:
+    cells = expand(["method=reap,random", "ratio=0.25,0.5", "seed=0,1,2"]).cells
+    assert {(c.label, c.ratio, c.seed) for c in cells} == set(
+        itertools.product(["REAP", "random"], [0.25, 0.5], [0, 1, 2])
+    )
+    assert len({cell.record_name(cell.tasks[0]) for cell in cells}) == 12
+
+
+def test_the_command_line_overrides_an_axis_of_a_sweep() -> None:
+    assert {cell.ratio for cell in expand(["sweep=demo", "ratio=0.75"]).cells if cell.compresses} == {0.75}
+
+
+def test_the_uncompressed_model_has_one_record_whatever_ratio_and_seed() -> None:
+    cells = expand(["method=none", "ratio=0.25,0.5", "seed=0,1"]).cells
+    assert len({cell.record_name(cell.tasks[0]) for cell in cells}) == 1
+
+
+def test_records_are_named_by_what_determines_them() -> None:
+    def name(*overrides: str) -> str:
+        (cell,) = expand(overrides).cells
+        return cell.record_name(cell.tasks[0])
+
+    plain = name("method=reap")
+    assert plain == name("method=reap", "calibration.batch_size=3"), "batch size changes no sum"
+    assert plain == name("method=reap", "store=elsewhere")
+    different = ["method=ean", "ratio=0.25", "seed=1", "calibration.sequences=5", "calibration.dtype=bfloat16"]
+    names = {plain, *(name("method=reap", override) for override in different)}
+    assert len(names) == len(different) + 1
+
+
+# Bad input. Each case: what is asked, and words the one message must hold.
+
+CASES = {
+    "unknown method": (["method=reep"], ["reep", "reap", "hc_smoe"]),
+    "unknown model": (["model=gpt9"], ["gpt9", "tiny"]),
+    "unknown suite": (["suite=all"], ["all", "tiny"]),
+    "unknown setting": (["ration=0.5"], ["ration"]),
+    "unknown parameter of a method": (["+method.alpha=2"], ["alpha", "parameters"]),
+    "unknown flag": (["--fast"], ["--fast", "name=value"]),
+    "not an override": (["reap"], ["reap"]),
+    "ratio above one": (["ratio=1.5"], ["ratio=1.5", "below 1"]),
+    "ratio of one": (["ratio=1"], ["below 1"]),
+    "negative ratio": (["ratio=-0.1"], ["ratio=-0.1"]),
+    "ratio is a word": (["ratio=half"], ["half", "number"]),
+    "one bad ratio in a grid": (["ratio=0.25,0.5,7"], ["ratio=7"]),
+    "fewer experts than top-k": (["ratio=0.95"], ["top_k", "Largest usable ratio for this model: 0.875"]),
+    "seed is a word": (["seed=x"], ["seed=x"]),
+    "negative seed": (["seed=-1"], ["seed=-1"]),
+    "missing model folder": (["model.path=./nowhere"], ["nowhere", "config.json"]),
+    "missing calibration file": (["calibration.files=[no.jsonl]"], ["no.jsonl", "text"]),
+    "more calibration than text": (["calibration.sequences=9000000"], ["9000000", "Largest usable number"]),
+    "no sequences": (["calibration.sequences=0"], ["at least 1"]),
+    "unknown dtype": (["calibration.dtype=int3"], ["int3", "float32"]),
+    "unknown extra statistic": (["collect=[entropy]"], ["entropy", "logit_gram"]),
+    "a server without its address": (["serve=server", "method=none"], ["serve.url"]),
+    "a server that is not there": (
+        ["serve=server", "serve.url=http://127.0.0.1:9", "serve.model=m", "method=none"],
+        ["9"],
+    ),
+    "a sweep on a server that serves one model": (
+        ["serve=server", "serve.url=http://127.0.0.1:9", "serve.model=m", "method=reap"],
+        ["method=none", "serve=vllm"],
+    ),
+    "more cache than memory": (["serve.kv_cache_gib=100000"], ["100000", "are free"]),
+    "missing interpolation": (["ratio=${nothing}"], ["nothing"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bad_input_is_one_message_and_status_2(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = CASES[case]
+    refused(arguments, words, tmp_path, monkeypatch, capsys)
+
+
+def refused(arguments: list[str], words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """These arguments end with status 2 and one message that holds the words; nothing is written."""
+    monkeypatch.setattr(sys, "argv", ["run", *arguments, f"store={tmp_path / 'results'}"])
+    assert run.main() == 2
+    printed = capsys.readouterr()
+    messages = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1 and printed.out == "" and "Traceback" not in printed.err, printed.err
+    assert [word for word in words if word not in messages[0]] == []
+    left = [path for path in (tmp_path / "results").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert left == []
+
+
+def test_a_dense_model_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    refused([f"model.path={tmp_path}/dense"], ["num_experts"], tmp_path, monkeypatch, capsys)
+
+
+def test_a_broken_model_is_refused_before_any_work(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name, damage in (("cut", _cut), ("router", _router_rows), ("config", _no_config)):
+        write_model("qwen3_moe", tmp_path / name)
+        damage(tmp_path / name)
+        refused([f"model.path={tmp_path}/{name}"], [str(tmp_path / name)], tmp_path, monkeypatch, capsys)
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def _router_rows(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('_experts": 8', '_experts": 6'))
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.run", "method=reep", f"store={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_unexpanded_options_raise_here_too() -> None:
+    with pytest.raises(UserError):
+        expand(["method=reap", "ratio=2"])
+
+
+def test_copies_of_a_model_are_the_same_model(tmp_path: Path) -> None:
+    first = write_model("qwen3_moe", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert first.digest == type(first)("other", str(tmp_path / "b")).digest

@@ -1,0 +1,125 @@
+"""The whole flow through the real vLLM, lm-eval and EvalPlus, on the embedded model and a taste of its tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness.models import ROOT
+
+SWEEP = ["method=none,reap,hc_smoe", "ratio=0.5", "suite.limit=6", "calibration.sequences=8"]
+TIMES = [f"seconds_{stage}" for stage in ("calibrate", "plan", "export", "serve", "score")]
+
+
+def command(store: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "harness.run", *SWEEP, f"store={store}", *more]
+
+
+def bench(store: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(store, *more), cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def results(store: Path) -> pd.DataFrame:
+    return pd.read_csv(store / "tables" / "run.csv").drop(columns=TIMES)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    store = tmp_path_factory.mktemp("store")
+    return store, bench(store)
+
+
+def test_ends_with_a_table_a_plot_and_complete_records(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    store, done = finished
+    assert done.returncode == 0, done.stderr
+    for word in ("tiny_sums exact_match (n=6)", "tiny_facts acc_norm", "tiny_code plus_pass@1", "run.csv", "run.png"):
+        assert word in done.stdout
+    records = [json.loads(path.read_text()) for path in (store / "records").iterdir()]
+    assert len(records) == 9
+    for record in records:
+        assert record["status"] == "done" and record["error"] is None
+        assert all(metric["n"] == 6 and 0 <= metric["value"] <= 1 for metric in record["metrics"].values())
+        assert set(record["seconds"]) == {"calibrate", "plan", "export", "serve", "score"}
+        assert record["provenance"]["versions"]["transformers"]
+    size = {record["label"]: record["size"] for record in records}
+    assert size["REAP"]["experts"] == 16 and size["REAP"]["bytes"] < 0.6 * size["uncompressed"]["bytes"]
+    assert size["HC-SMoE"]["experts"] == 32 and size["HC-SMoE"]["distinct"] == 16
+    assert len(list((store / "samples").iterdir())) == 9
+
+
+def test_leaves_no_checkpoint_and_no_process(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    store, _ = finished
+    assert not any((store / "checkpoints").iterdir())
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(store) not in processes
+
+
+def test_the_same_command_again_is_cached_and_prints_the_same(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    store, done = finished
+    start = time.monotonic()
+    again = bench(store)
+    assert time.monotonic() - start < 20
+    assert again.stdout == done.stdout
+    lines = again.stderr.splitlines()
+    assert len(lines) == 3 and all(line.endswith("cached") for line in lines)
+
+
+def test_a_new_method_uses_the_statistics_that_are_there(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    store, _ = finished
+    done = bench(store, "method=ean")
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
+
+
+def test_killed_half_way_it_finishes_without_repeating_anything(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list(tmp_path.glob("scores/*.json"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for kind in ("stats", "scores") for path in (tmp_path / kind).iterdir()}
+    assert len(kept) >= 5
+    done = bench(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "finished work was repeated"
+    pd.testing.assert_frame_equal(results(tmp_path), results(finished[0]))
+
+
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("logs/*.log")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "interrupted" in errors
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in processes
+
+
+def test_a_cell_that_fails_becomes_a_failed_record_and_the_others_go_on(tmp_path: Path) -> None:
+    done = bench(tmp_path, "method=none", "serve.extra_args=[--no-such-argument]")
+    assert done.returncode == 1
+    assert "✗" in done.stdout and "no-such-argument" in done.stdout
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").iterdir()]
+    assert {record["status"] for record in records} == {"failed"} and len(records) == 3
+    assert not any("metrics" in record for record in records)
