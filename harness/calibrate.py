@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from harness.errors import StageError, UserError
 from harness.stats import EXTRAS, LayerStats, Stats
 
-SCHEMA = 1
+PAIRS_AT_ONCE = 16_384  # (token, expert) pairs of an all-expert chunk: bounds its memory
 
 
 def calibrate(
@@ -166,12 +166,12 @@ def routed_sums(index: Tensor, weight: Tensor, outputs: Tensor, experts: int) ->
 
 
 def all_output_sum(experts: nn.Module, hidden: Tensor, count: int) -> Tensor:
-    """Sum over all tokens of every expert's output, float64 [E, H]: one expert at a time, [N, H] of memory."""
-    rows = []
-    for expert in range(count):
-        index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
-        rows.append(routed_outputs(experts, hidden, index).sum(dim=(0, 1), dtype=torch.float64))
-    return torch.stack(rows)
+    """Sum over all tokens of every expert's output, float64 [E, H], a chunk of tokens at a time."""
+    total = torch.zeros(count, hidden.shape[-1], dtype=torch.float64, device=hidden.device)
+    for chunk in hidden.split(max(1, PAIRS_AT_ONCE // count)):
+        every = torch.arange(count, device=hidden.device).expand(len(chunk), count)
+        total += routed_outputs(experts, chunk, every).sum(dim=0, dtype=torch.float64)
+    return total
 
 
 def layer_index(module_name: str) -> int:

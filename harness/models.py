@@ -140,9 +140,14 @@ class Model:
     @cached_property
     def experts(self) -> dict[int, int]:
         """Routed experts of each MoE layer, by layer index. Raises UserError for a dense model."""
+        if not any(alias in self.config for alias in EXPERT_COUNT):
+            raise UserError(
+                f"model {self.name!r} is dense: its config.json has none of {', '.join(EXPERT_COUNT)}. "
+                "There are no experts to compress."
+            )
         experts = experts_on_disk(self.tensors, self.expert_count)
         if not experts:
-            raise UserError(f"model {self.name!r} has no routed experts on disk: there is nothing to compress.")
+            raise UserError(f"model {self.name!r}: {self.folder} holds no experts, though config.json promises some.")
         layers = self.config.get("num_hidden_layers", max(experts) + 1)
         if max(experts) >= layers:
             raise UserError(
@@ -192,7 +197,7 @@ class Model:
         return hashlib.sha256("\n".join(f"{file.name} {_sha256(file)}" for file in files).encode()).hexdigest()
 
     def load(self, dtype: str) -> PreTrainedModel:
-        """The model in memory, over the GPUs if there are any, for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
+        """The model in memory (on the GPUs, if any), for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
         import torch
         from transformers import AutoModelForCausalLM
 

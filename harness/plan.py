@@ -52,7 +52,7 @@ class LayerPlan:
     @classmethod
     def prune(cls, kept: Iterable[int], experts: int) -> LayerPlan:
         """Keep these experts, in their old order, bit for bit; remove the others and their router rows."""
-        ordered = sorted(set(kept))
+        ordered = sorted({int(expert) for expert in kept})  # JSON knows no numpy integers
         slot_of = {expert: slot for slot, expert in enumerate(ordered)}
         return cls(
             slots=tuple((Source(expert),) for expert in ordered),

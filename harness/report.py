@@ -56,12 +56,21 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
         **{f"original_{name}": value for name, value in original.items()},
         **{f"seconds_{name}": value for name, value in found.get("seconds", {}).items()},
         **{f"count_{name}": value for name, value in found.get("counts", {}).items()},
-        "commit": found.get("provenance", {}).get("commit"),
-        "versions": str(found.get("provenance", {}).get("versions")),
-        "processor": found.get("provenance", {}).get("processor"),
+        **_made_by(found.get("provenance", {})),
     }
     metrics = found.get("metrics") or {None: {}}
     return [{**about, "metric": name, **metric} for name, metric in metrics.items()]
+
+
+def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
+    if not provenance:
+        return {}
+    changed = " with uncommitted changes" if provenance["changed"] else ""
+    return {
+        "commit": f"commit {provenance['commit']}{changed}",
+        "machine": f"{provenance['processor']}, {provenance['cores']} cores",
+        "versions": ", ".join(f"{package} {version}" for package, version in provenance["versions"].items()),
+    }
 
 
 def scores(tidy: pd.DataFrame) -> pd.DataFrame:
@@ -152,8 +161,22 @@ def footer(tidy: pd.DataFrame) -> str:
         f"{NOT_RUN} not run, {FAILED} failed. Merged experts are copied to every router row a stock checkpoint needs: "
         "'MB written' is that checkpoint, 'MB distinct' what it would be if each distinct expert were stored once."
     )
-    made_by = ", ".join(_distinct(done, column) for column in ("commit", "processor", "versions"))
-    return "\n".join([scores_line, sizes_line, f"{records} records; {made_by}"])
+    made_by = ", ".join(_distinct(done, column) for column in ("commit", "machine", "versions"))
+    return "\n".join([scores_line, sizes_line, stage_times(tidy), f"{records} records; {made_by}."])
+
+
+def stage_times(tidy: pd.DataFrame) -> str:
+    """Seconds of each stage over the whole sweep: calibration once per pass, serving once per plan."""
+    done = tidy[tidy["status"] == "done"].drop_duplicates(["model", "label", "ratio", "seed", "task"])
+    if done.empty:
+        return "No stage has run."
+    plans = done.drop_duplicates(["model", "label", "ratio", "seed"])
+    seconds = {
+        "calibrate": sum(plans["seconds_calibrate"].unique()),
+        **{stage: plans[f"seconds_{stage}"].sum() for stage in ("plan", "export", "serve")},
+        "score": done["seconds_score"].sum(),
+    }
+    return "Seconds in all: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()) + "."
 
 
 def _distinct(tidy: pd.DataFrame, column: str) -> str:
@@ -192,7 +215,7 @@ def write(store: Store, name: str, tidy: pd.DataFrame, tables: Mapping[str, pd.D
     if (tidy["status"] == "done").any():
         for suffix in ("png", "pdf"):
             draw = functools.partial(plot, tidy, suffix)
-            yield store.once("figures", f"{name}.{suffix}", draw, again=True)
+            yield store.put("figures", f"{name}.{suffix}", draw)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -9,7 +9,9 @@ python -m harness.run method=reap,ean ratio=0.25,0.5 seed=0,1,2
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -41,12 +43,14 @@ def run(cell: Cell, store: Store) -> None:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def run_config(config: DictConfig) -> None:
-    run(cell_of(config), Store(config.store))
+    run(cell_of(config), Store(Path(config.store)))
 
 
 @refuse_politely
 def main() -> int:
     """Check every cell that is asked for, run them, print their table."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would fill a log file
     sweep, arguments = checked(sys.argv[1:])
     sys.argv[1:] = arguments
     run_config()

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,7 +100,7 @@ class Cell:
         checkpoint.check_structure(self.model)
         if self.compresses and isinstance(self.serve, Server):
             raise UserError(
-                f"{self.label} makes a model of its own, and {self.serve.url} serves the one it serves. Use serve=vllm, "
+                f"{self.label} makes a model of its own, and {self.serve.url} serves another. Use serve=vllm, "
                 "or serve the compressed checkpoint yourself and score it there with method=none."
             )
         if self.compresses:
@@ -132,7 +133,7 @@ def cell_of(config: DictConfig) -> Cell:
     try:
         fields = dict(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration does not resolve: {error}") from error
+        raise UserError(f"The configuration does not resolve: {_one_message(error)}") from error
     method = dict(fields["method"])
     label = method.pop("label", None) or method.get("_target_", "?").split(".")[-1]
     ratio = budget.check_ratio(fields["ratio"])
@@ -221,8 +222,18 @@ def _single(arguments: Sequence[str]) -> list[str]:
 
 
 def _one_message(error: Exception) -> str:
-    """Hydra's message without its decoration: it already lists the available options."""
+    """Hydra's message in one line, without its decoration; it already lists the available options."""
+    decoration = ("provider=", "object_type=", "reference_type=", "Config search path", "See https", "Set the env")
     lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(
-        line for line in lines if line and not line.startswith(("full_key", "object_type", "Config search"))
-    )
+    text = " ".join(line for line in lines if line and not line.startswith(decoration))
+    text = re.sub(r"full_key: (\S+)", r"(at \1)", text)
+    if text.startswith("Error parsing override"):
+        text += ". Give settings as name=value, for example method=reap ratio=0.25."
+    if text.startswith("Could not override"):
+        name = text.split("'")[1]
+        text = f"There is no setting {name!r}. The groups are {', '.join(_groups())}; their files in conf/ list the settings."
+    return text
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir())

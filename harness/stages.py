@@ -51,15 +51,16 @@ def statistics(cell: Cell, store: Store) -> Stats:
         "schema": STATS_SCHEMA,
     }
     name = key(**fields) + ".safetensors"
-    found = store.path("stats", name)
-    known = stats.load(found).names & set(stats.EXTRAS) if found.exists() else frozenset()
-    if found.exists() and cell.extras <= known:
-        say("calibrate", name, "cached")
-    else:
-        made = _calibrate(cell, ids, frozenset(cell.extras | known), fields)
-        store.once("stats", name, lambda path: stats.save(made, path), again=True)
-        say("calibrate", name, f"{made.provenance['seconds']:.1f} s, {ids.size} tokens")
-    return stats.load(found)
+    path = store.path("stats", name)
+    with store.locked("stats", name):
+        known = stats.load(path).names & set(stats.EXTRAS) if path.exists() else frozenset()
+        if path.exists() and cell.extras <= known:
+            say("calibrate", name, "cached")
+        else:
+            made = _calibrate(cell, ids, frozenset(cell.extras | known), fields)
+            store.put("stats", name, lambda path: stats.save(made, path))
+            say("calibrate", name, f"{made.provenance['seconds']:.1f} s, {ids.size} tokens")
+    return stats.load(path)
 
 
 def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
@@ -175,7 +176,7 @@ def score(cell: Cell, made: Plan, task: Task, served: Serving, store: Store) -> 
         remove(work)
     seconds = {**served.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
-    store.once("samples", name.replace(".json", ".jsonl.gz"), lambda path: _write_samples(path, found.samples), True)
+    store.put("samples", name.replace(".json", ".jsonl.gz"), lambda path: _write_samples(path, found.samples))
     document = {
         "metrics": {metric: asdict(value) for metric, value in found.metrics.items()},
         "counts": dict(found.counts),

@@ -34,27 +34,18 @@ class Store:
     def path(self, kind: str, name: str) -> Path:
         return self.root / kind / name
 
-    def once(self, kind: str, name: str, make: Callable[[Path], None], again: bool = False) -> Path:
-        """The file or folder of this name; if missing (or ``again``), ``make`` fills a temporary path that takes its
-        place in one rename. Two processes that ask for the same name do the work once.
-        """
+    def once(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
+        """The file or folder of this name, made if it is missing. Two processes that ask for it do the work once."""
         path = self.path(kind, name)
-        if path.exists() and not again:
-            return path
-        with self.locked(kind, name):
-            if not path.exists() or again:
-                self._replace(path, make)
+        if not path.exists():
+            with self.locked(kind, name):
+                if not path.exists():
+                    self.put(kind, name, make)
         return path
 
-    @contextmanager
-    def locked(self, kind: str, name: str) -> Iterator[None]:
-        """Hold this name against other processes; the lock goes with the process that holds it."""
-        folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{kind}-{name}.lock"):
-            yield
-
-    def _replace(self, path: Path, make: Callable[[Path], None]) -> None:
+    def put(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
+        """Write or replace: ``make`` fills a temporary path that takes the name's place in one rename."""
+        path = self.path(kind, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{os.getpid()}-{path.name}")
         remove(temporary)
@@ -67,6 +58,15 @@ class Store:
             _sync(path.parent)
         finally:
             remove(temporary)
+        return path
+
+    @contextmanager
+    def locked(self, kind: str, name: str) -> Iterator[None]:
+        """Hold this name against other processes; the lock goes with the process that holds it."""
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{kind}-{name}.lock"):
+            yield
 
     def write_json(self, kind: str, name: str, document: dict[str, Any]) -> Path:
         """Write or replace a JSON document, atomically. Values that are not finite are refused."""
@@ -78,7 +78,7 @@ class Store:
         def make(path: Path) -> None:
             path.write_text(text)
 
-        return self.once(kind, name, make, again=True)
+        return self.put(kind, name, make)
 
     def read_json(self, kind: str, name: str) -> dict[str, Any] | None:
         """The document, or None if there is none."""

@@ -142,7 +142,7 @@ def test_a_dense_model_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    refused([f"model.path={tmp_path}/dense"], ["num_experts"], tmp_path, monkeypatch, capsys)
+    refused([f"model.path={tmp_path}/dense"], ["dense", "num_experts"], tmp_path, monkeypatch, capsys)
 
 
 def test_a_broken_model_is_refused_before_any_work(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -51,7 +51,7 @@ def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | No
         "original": {"parameters": 100, "bytes": 8_000_000},
         "size": {"experts": 6, "distinct": 6.0, "parameters": 75, "bytes": 6_000_000, "distinct_bytes": 6_000_000},
         "seconds": dict.fromkeys(report.STAGES, 1.25),
-        "provenance": {"commit": "abc", "versions": {"torch": "2"}, "processor": "cpu"},
+        "provenance": {"commit": "abc", "changed": False, "versions": {"torch": "2"}, "processor": "cpu", "cores": 2},
     }
     if value is not None:
         record["metrics"] = {"acc": {"value": value, "stderr": 0.02, "n": 300, "higher_is_better": True}}

@@ -24,7 +24,7 @@ def test_is_made_once(tmp_path: Path) -> None:
     for _ in range(2):
         assert store.once("stats", "a.txt", make).read_text() == "made"
     assert len(calls) == 1
-    store.once("stats", "a.txt", make, again=True)
+    store.put("stats", "a.txt", make)
     assert len(calls) == 2
 
 
@@ -44,7 +44,7 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, folde
     assert list((tmp_path / "plans").iterdir()) == []
     store.write_text("plans", "y", "good")
     with pytest.raises(RuntimeError):
-        store.once("plans", "y", break_off, again=True)
+        store.put("plans", "y", break_off)
     assert [p.name for p in (tmp_path / "plans").iterdir()] == ["y"]
     assert (tmp_path / "plans" / "y").read_text() == "good"
 

@@ -1,0 +1,66 @@
+"""What the README shows is true: the two files it adds a method with are found and conform, with no edit elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.models import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def shown_files() -> dict[str, str]:
+    """Path and content of every file that the README shows in full."""
+    return dict(re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)```$", README, re.MULTILINE | re.DOTALL))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 200
+
+
+def test_every_file_it_links_to_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the two files added, and nothing else changed."""
+    copy = tmp_path_factory.mktemp("checkout") / "project"
+    for folder in ("harness", "methods", "conf", "tasks", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, copy)
+    files = shown_files()
+    assert sorted(files) == ["conf/method/gate_mass.yaml", "methods/gate_mass.py"]
+    for path, content in files.items():
+        assert not (copy / path).exists()
+        (copy / path).write_text(content)
+    return copy
+
+
+def test_the_conformance_tests_find_the_new_method(checkout: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_methods.py", "-k", "gate_mass", "-p", "no:cacheprovider"],
+        cwd=checkout, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4
+
+
+def test_the_new_method_composes_into_a_cell(checkout: Path) -> None:
+    code = (
+        "from harness.spec import expand; import numpy as np\n"
+        "from harness.stats import LayerStats\n"
+        "cell, = expand(['method=gate_mass', 'ratio=0.25']).cells; cell.check()\n"
+        "layer = LayerStats(3, 9, {'gate': np.array([1.0, 3, 2])})\n"
+        "print(cell.label, cell.method.plan_layer(layer, 2).kept_rows)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "gate mass (1, 2)", done.stderr

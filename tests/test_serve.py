@@ -1,0 +1,196 @@
+"""Real vLLM: it comes up, is refused when broken, and never outlives us."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from harness import serve
+from harness.errors import StageError, UserError
+from harness.models import ROOT
+from harness.serve import VLLM, Server
+from tasks import LLM
+from tests.tiny_checkpoint import write_checkpoint
+
+SMALL = VLLM(dtype="float32", max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with SMALL.serve(folder, "tiny", folder / "server.log") as served:
+        yield served
+
+
+def server_processes() -> list[psutil.Process]:
+    """All processes of all servers of this test run."""
+    hosts = [psutil.Process(host._process.pid) for host in serve._hosts.values() if host.is_alive]
+    return [child for host in hosts for child in host.children(recursive=True)]
+
+
+def is_open(url: str) -> bool:
+    address = urlsplit(url)
+    with socket.socket() as connection:
+        return connection.connect_ex((address.hostname, address.port)) == 0
+
+
+def wait_until_gone(processes: list[psutil.Process], seconds: float = 15) -> list[psutil.Process]:
+    """Those still running when the time is over."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        processes = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        if not processes:
+            break
+        time.sleep(0.1)
+    return processes
+
+
+def test_server_is_up_and_knows_its_length(llm: LLM, folder: Path):
+    assert httpx.get(f"{llm.url}/health", trust_env=False).status_code == 200
+    assert llm.model == "tiny"
+    assert llm.tokenizer == str(folder)
+    assert llm.max_model_len == 256
+    assert llm.url.startswith("http://127.0.0.1:")
+
+
+def test_length_is_at_most_the_models(folder: Path):
+    arguments = VLLM(max_model_len=4096)._arguments(folder, "tiny")
+    assert arguments[arguments.index("--max-model-len") + 1] == "512"
+
+
+def test_nothing_is_left_after_leaving_and_after_an_exception(folder: Path, tmp_path: Path):
+    before = set(server_processes())
+    with SMALL.serve(folder, "second", tmp_path / "log") as served:
+        started = set(server_processes()) - before
+        assert started and is_open(served.url)
+    assert not wait_until_gone(list(started), 2)
+    assert not is_open(served.url)
+    with pytest.raises(KeyboardInterrupt), SMALL.serve(folder, "third", tmp_path / "log") as served:
+        started = set(server_processes()) - before
+        raise KeyboardInterrupt
+    assert not wait_until_gone(list(started), 2)
+    assert not is_open(served.url)
+
+
+def test_two_servers_at_once_do_not_disturb_each_other(llm: LLM, folder: Path, tmp_path: Path):
+    with SMALL.serve(folder, "other", tmp_path / "log") as other:
+        assert other.url != llm.url
+    serve.probe(llm)
+
+
+def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    start = time.monotonic()
+    with pytest.raises(StageError, match="Cause: .*Error: ") as empty, SMALL.serve(tmp_path / "empty", "x", tmp_path / "1"):
+        pass
+    assert time.monotonic() - start < 60
+    assert "Last lines of" in str(empty.value)
+
+    cut = write_checkpoint(tmp_path / "cut")
+    with (cut / "model.safetensors").open("r+b") as file:
+        file.truncate(50_000)
+    with pytest.raises(StageError, match="^vLLM ended .*Cause: .*(S|s)afetensor"), SMALL.serve(cut, "x", tmp_path / "2"):
+        pass
+    assert not [p for p in server_processes() if "EngineCore" in " ".join(p.cmdline()) and p.create_time() > time.time()]
+
+
+def test_start_up_time_is_limited(folder: Path, tmp_path: Path, llm: LLM):
+    before = set(server_processes())
+    hasty = VLLM(dtype="float32", max_model_len=256, startup_timeout_s=0.3)
+    with pytest.raises(StageError, match="startup_timeout_s"), hasty.serve(folder, "x", tmp_path / "log"):
+        pass
+    assert not wait_until_gone(list(set(server_processes()) - before), 2)
+
+
+def test_a_model_that_computes_nan_is_refused(tmp_path: Path):
+    def spoil(model: torch.nn.Module) -> None:
+        model.model.layers[1].mlp.gate.weight[3, 5] = float("nan")
+
+    spoilt = write_checkpoint(tmp_path / "nan", spoil)
+    with pytest.raises(StageError, match="not finite"), SMALL.serve(spoilt, "nan", tmp_path / "log"):
+        pass
+
+
+def test_a_running_server_is_used_and_left_alone(llm: LLM, folder: Path, tmp_path: Path):
+    running = Server(llm.url + "/", "tiny")
+    running.check()
+    with running.serve(folder, "ignored", tmp_path / "log") as served:
+        assert served == llm
+    assert is_open(llm.url)
+    assert running.identity() == {"engine": "external server", "url": llm.url, "model": "tiny"}
+
+
+@pytest.mark.parametrize("url, model, words", [(None, "huge", "it serves tiny"), ("http://127.0.0.1:9", "tiny", "no Op")])
+def test_a_server_that_cannot_be_used_is_refused(llm: LLM, url: str | None, model: str, words: str):
+    with pytest.raises(UserError, match=words):
+        Server(url or llm.url, model).check()
+
+
+def test_what_does_not_fit_is_refused_before_any_work():
+    with pytest.raises(UserError, match=r"needs about 100\d.* GiB are free. At most"):
+        VLLM().check(1000 * 2**30)
+    with pytest.raises(UserError, match="serve.dtype=int3 is none of"):
+        VLLM(dtype="int3").check()
+    VLLM().check(1000)
+
+
+def test_identity_has_what_determines_numbers_only():
+    identity = VLLM(max_num_seqs=3, startup_timeout_s=1).identity()
+    assert identity == VLLM().identity()
+    assert identity != VLLM(dtype="float32").identity()
+    assert identity != VLLM(max_model_len=7).identity()
+
+
+def test_secrets_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    monkeypatch.setenv("OPENAI_API_KEY", "planted")
+    monkeypatch.setenv("VLLM_API_KEY", "planted")
+    environment = VLLM()._environment()
+    assert "planted" not in environment.values()
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from harness.serve import VLLM
+folder = Path(sys.argv[1])
+with VLLM(dtype="float32", max_model_len=256).serve(folder, "tiny", folder / "killed.log"):
+    print("READY", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("victim", ["harness", "host"])
+def test_killing_us_or_the_host_leaves_no_process(folder: Path, victim: str):
+    harness = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    try:
+        assert harness.stdout and harness.stdout.readline() == b"READY\n"
+        processes = psutil.Process(harness.pid).children(recursive=True)
+        assert len(processes) >= 3, "host, server, engine"
+        os.kill(harness.pid if victim == "harness" else processes[0].pid, signal.SIGKILL)
+        assert not wait_until_gone(processes)
+    finally:
+        harness.kill()
+        harness.wait()
+        if harness.stdout:
+            harness.stdout.close()
