@@ -59,6 +59,7 @@ def draw(axes: Axes, rows: pd.DataFrame, labels: list[str]) -> None:
             linewidth=1,
             label="uncompressed",
         )
+    axes.set_xlim(left=0)
     axes.set_xlabel("experts removed, %")
     axes.set_ylabel("score, points")
     axes.grid(alpha=0.25)

@@ -35,6 +35,7 @@ GIB = 2**30
 OVERHEAD_GIB = 3  # a server's own memory beside weights and cache: 2 GiB were measured
 SECRETS = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM allows 4 unless told otherwise
 # Enough text to send tokens through most experts.
 PROBE = (
     "The quick brown fox jumps over 13 lazy dogs.\n\ndef add(a, b):\n    return a + b\n\n"
@@ -55,14 +56,14 @@ class VLLM:
     extra_args: further arguments of ``vllm serve``, for example ("--tensor-parallel-size", "2").
     """
 
-    dtype: str = "auto"
-    max_model_len: int = 2048
-    max_num_seqs: int = 64
-    kv_cache_gib: int = 1
-    gpu_memory_utilization: float = 0.9
-    enforce_eager: bool = True
-    startup_timeout_s: float = 600
-    extra_args: tuple[str, ...] = ()
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_gib: int
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    startup_timeout_s: float
+    extra_args: tuple[str, ...]
 
     def check(self, weight_bytes: int = 0) -> None:
         """Raise UserError if vLLM is missing, a setting makes no sense or ``weight_bytes`` of weights do not fit."""
@@ -130,12 +131,22 @@ class VLLM:
         log.write_bytes(b"")
         port = _free_port()
         url = f"http://127.0.0.1:{port}"
-        host = _host(self._environment(), log, deadline)
+        host = self._host(log, deadline)
         with host.running([*self._arguments(folder, name), "--port", str(port)], log) as exit_status:
             _await_health(url, exit_status, deadline, log)
-            llm = LLM(url, name, str(folder), _served_length(url, name))
-            probe(llm)
+            llm = LLM(url, name, str(folder), _served_length(url, name), MAX_STOPS)
+            try:
+                probe(llm)
+            except StageError as error:
+                raise StageError(f"{error}\n{_failure(log)}") from error
             yield llm
+
+    def _host(self, log: Path, deadline: float) -> Host:
+        """The host of servers with these settings: started for the first, kept until the harness ends."""
+        settings = (self.kv_cache_gib, self.enforce_eager)  # what vLLM reads from its environment
+        if settings not in _hosts or not _hosts[settings].is_alive:
+            _hosts[settings] = Host(self._environment(), log, deadline)
+        return _hosts[settings]
 
     def _arguments(self, folder: Path, name: str) -> list[str]:
         length = min(self.max_model_len, _longest(folder, self.max_model_len))
@@ -159,6 +170,7 @@ class VLLM:
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
             # vLLM compiles a few sampling functions even in eager mode: half a minute for the first request.
             "TORCHDYNAMO_DISABLE": "1" if self.enforce_eager else "0",
+            "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
@@ -171,7 +183,8 @@ class VLLM:
 class Server:
     """An OpenAI-compatible server that already runs, for example vLLM on a cluster.
 
-    It serves the one model it serves: use it to score a model as it is, not for a sweep over compressed ones.
+    It serves the one model it serves: use it to score a model as it is, not for a sweep over compressed ones. If it is
+    vLLM, start it with --generation-config vllm, as ``VLLM`` does.
 
     url: its address without ``/v1``. model: the name it knows the model by. tokenizer: folder or hub name of the
     tokenizer; the model folder's if None.
@@ -268,8 +281,8 @@ class Host:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:  # for example while it imports
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
@@ -286,25 +299,19 @@ class Host:
     def _answer(self, log: Path, deadline: float) -> dict[str, Any]:
         output = self._process.stdout
         assert output
-        readable, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
-        line = output.readline() if readable else b""
-        if not line:
-            self._process.kill()  # its servers follow
+        try:
+            readable, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
+            if line := output.readline() if readable else b"":
+                return json.loads(line)
+        except BaseException:  # Ctrl-C: the next answer would be the one to this order
             self.close()
-            what = "ended" if readable else "did not answer in time"
-            raise StageError(f"The process that runs vLLM {what}. {_failure(log)}")
-        return json.loads(line)
+            raise
+        self.close()
+        what = "ended" if readable else "did not answer in time (serve.startup_timeout_s while it starts)"
+        raise StageError(f"The process that runs vLLM {what}. {_failure(log)}")
 
 
-_hosts: dict[tuple[tuple[str, str], ...], Host] = {}
-
-
-def _host(environment: Mapping[str, str], log: Path, deadline: float) -> Host:
-    """The host of servers with this environment: started for the first, kept until the harness ends."""
-    name = tuple(sorted(environment.items()))
-    if name not in _hosts or not _hosts[name].is_alive:
-        _hosts[name] = Host(environment, log, deadline)
-    return _hosts[name]
+_hosts: dict[tuple[int, bool], Host] = {}
 
 
 def _await_health(url: str, exit_status: Callable[[], int | None], deadline: float, log: Path) -> None:
@@ -323,8 +330,14 @@ def _failure(log: Path, lines: int = 15) -> str:
     """The decisive line of a server's log, then its last lines."""
     prefix = re.compile(r"^(\([^)]*pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[[^]]*\] )?")
     text = [prefix.sub("", line) for line in log.read_text(errors="replace").splitlines()]
-    named = [line.strip() for line in text if re.search(r"\b\w*(Error|Exception): ", line)]
-    decisive = [line for line in named if "Engine core initialization failed" not in line] or named
+    following = [*text[1:], ""]
+    named = [
+        f"{line.strip()} {after.strip() if line.endswith(('for ModelConfig', ':')) else ''}".strip()
+        for line, after in zip(text, following, strict=True)
+        if re.search(r"\b\w*(Error|Exception): ", line)
+    ]
+    vague = re.compile("Engine core initialization failed|EngineCore encountered an issue")
+    decisive = [line for line in named if not vague.search(line)] or named
     head = f"Cause: {decisive[-1]}\n" if decisive else ""
     return f"{head}Last lines of {log}:\n" + "\n".join(text[-lines:])
 

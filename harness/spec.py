@@ -231,7 +231,7 @@ def _one_message(error: Exception) -> str:
         text += ". Give settings as name=value, for example method=reap ratio=0.25."
     if text.startswith("Could not override"):
         name = text.split("'")[1]
-        text = f"There is no setting {name!r}. The groups are {', '.join(_groups())}; their files in conf/ list the settings."
+        text = f"There is no setting {name!r}. The groups are {', '.join(_groups())}; their files in conf/ list more."
     return text
 
 

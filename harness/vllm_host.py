@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-GRACE_SECONDS = 10  # between SIGTERM and SIGKILL
+GRACE_SECONDS = 5  # between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -62,7 +62,7 @@ def import_vllm() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        import vllm.v1.worker.cpu_worker  # noqa: F401
+        import vllm.v1.worker.cpu_worker
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine's process
         # vLLM asks for "spawn" on CPUs, that is, for importing everything again.

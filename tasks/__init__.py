@@ -20,12 +20,14 @@ class LLM:
     model: the name the server knows it by.
     tokenizer: folder (or hub name) of its tokenizer, for tasks that count tokens.
     max_model_len: prompt plus completion, in tokens.
+    max_stops: stop sequences that a request may carry.
     """
 
     url: str
     model: str
     tokenizer: str
     max_model_len: int
+    max_stops: int = 4  # OpenAI's own API allows 4
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ import torch
 from harness import serve
 from harness.errors import StageError, UserError
 from harness.models import ROOT
-from harness.serve import VLLM, Server
+from harness.serve import Server
 from tasks import LLM
+from tests.conftest import vllm
 from tests.tiny_checkpoint import write_checkpoint
 
-SMALL = VLLM(dtype="float32", max_model_len=256)
+SMALL = vllm(dtype="float32", max_model_len=256)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_server_is_up_and_knows_its_length(llm: LLM, folder: Path):
 
 
 def test_length_is_at_most_the_models(folder: Path):
-    arguments = VLLM(max_model_len=4096)._arguments(folder, "tiny")
+    arguments = vllm(max_model_len=4096)._arguments(folder, "tiny")
     assert arguments[arguments.index("--max-model-len") + 1] == "512"
 
 
@@ -97,7 +98,10 @@ def test_two_servers_at_once_do_not_disturb_each_other(llm: LLM, folder: Path, t
 def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     start = time.monotonic()
-    with pytest.raises(StageError, match="Cause: .*Error: ") as empty, SMALL.serve(tmp_path / "empty", "x", tmp_path / "1"):
+    with (
+        pytest.raises(StageError, match="Cause: .*Error: ") as empty,
+        SMALL.serve(tmp_path / "empty", "x", tmp_path / "1"),
+    ):
         pass
     assert time.monotonic() - start < 60
     assert "Last lines of" in str(empty.value)
@@ -105,14 +109,16 @@ def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Pat
     cut = write_checkpoint(tmp_path / "cut")
     with (cut / "model.safetensors").open("r+b") as file:
         file.truncate(50_000)
-    with pytest.raises(StageError, match="^vLLM ended .*Cause: .*(S|s)afetensor"), SMALL.serve(cut, "x", tmp_path / "2"):
+    with (
+        pytest.raises(StageError, match="^vLLM ended .*Cause: .*(S|s)afetensor"),
+        SMALL.serve(cut, "x", tmp_path / "2"),
+    ):
         pass
-    assert not [p for p in server_processes() if "EngineCore" in " ".join(p.cmdline()) and p.create_time() > time.time()]
 
 
 def test_start_up_time_is_limited(folder: Path, tmp_path: Path, llm: LLM):
     before = set(server_processes())
-    hasty = VLLM(dtype="float32", max_model_len=256, startup_timeout_s=0.3)
+    hasty = vllm(dtype="float32", max_model_len=256, startup_timeout_s=0.3)
     with pytest.raises(StageError, match="startup_timeout_s"), hasty.serve(folder, "x", tmp_path / "log"):
         pass
     assert not wait_until_gone(list(set(server_processes()) - before), 2)
@@ -136,7 +142,9 @@ def test_a_running_server_is_used_and_left_alone(llm: LLM, folder: Path, tmp_pat
     assert running.identity() == {"engine": "external server", "url": llm.url, "model": "tiny"}
 
 
-@pytest.mark.parametrize("url, model, words", [(None, "huge", "it serves tiny"), ("http://127.0.0.1:9", "tiny", "no Op")])
+@pytest.mark.parametrize(
+    "url, model, words", [(None, "huge", "it serves tiny"), ("http://127.0.0.1:9", "tiny", "no Op")]
+)
 def test_a_server_that_cannot_be_used_is_refused(llm: LLM, url: str | None, model: str, words: str):
     with pytest.raises(UserError, match=words):
         Server(url or llm.url, model).check()
@@ -144,24 +152,24 @@ def test_a_server_that_cannot_be_used_is_refused(llm: LLM, url: str | None, mode
 
 def test_what_does_not_fit_is_refused_before_any_work():
     with pytest.raises(UserError, match=r"needs about 100\d.* GiB are free. At most"):
-        VLLM().check(1000 * 2**30)
+        vllm().check(1000 * 2**30)
     with pytest.raises(UserError, match="serve.dtype=int3 is none of"):
-        VLLM(dtype="int3").check()
-    VLLM().check(1000)
+        vllm(dtype="int3").check()
+    vllm().check(1000)
 
 
 def test_identity_has_what_determines_numbers_only():
-    identity = VLLM(max_num_seqs=3, startup_timeout_s=1).identity()
-    assert identity == VLLM().identity()
-    assert identity != VLLM(dtype="float32").identity()
-    assert identity != VLLM(max_model_len=7).identity()
+    identity = vllm(max_num_seqs=3, startup_timeout_s=1).identity()
+    assert identity == vllm().identity()
+    assert identity != vllm(dtype="float32").identity()
+    assert identity != vllm(max_model_len=7).identity()
 
 
 def test_secrets_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "planted")
     monkeypatch.setenv("OPENAI_API_KEY", "planted")
     monkeypatch.setenv("VLLM_API_KEY", "planted")
-    environment = VLLM()._environment()
+    environment = vllm()._environment()
     assert "planted" not in environment.values()
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
     assert environment["HF_HUB_OFFLINE"] == "1"
@@ -170,9 +178,9 @@ def test_secrets_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from harness.serve import VLLM
+from tests.conftest import vllm
 folder = Path(sys.argv[1])
-with VLLM(dtype="float32", max_model_len=256).serve(folder, "tiny", folder / "killed.log"):
+with vllm(dtype="float32", max_model_len=256).serve(folder, "tiny", folder / "killed.log"):
     print("READY", flush=True)
     time.sleep(600)
 """

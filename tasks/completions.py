@@ -1,0 +1,86 @@
+"""Many greedy completions from an OpenAI-compatible server at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+from tqdm import tqdm
+
+from harness.errors import StageError
+from tasks import LLM
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Completion:
+    """finish_reason: ``stop`` (a stop sequence or the end token) or ``length`` (cut at ``max_tokens``)."""
+
+    text: str
+    finish_reason: str
+
+
+def complete(
+    llm: LLM, prompts: Sequence[str], *, max_tokens: int, stop: Sequence[str], concurrency: int, timeout_s: float
+) -> list[Completion]:
+    """Greedy completions in the order of ``prompts``, without the stop sequence that ended them.
+
+    A broken connection is tried again, ``ATTEMPTS`` times in all. Raises StageError for an HTTP error, with the
+    server's words, for a time-out, and if the server is gone.
+    """
+    request = {"model": llm.model, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+    request["stop"] = list(stop) if len(stop) <= llm.max_stops else _likeliest(stop, llm.max_stops)
+    try:
+        found = asyncio.run(_all(f"{llm.url}/v1/completions", request, prompts, concurrency, timeout_s))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [_cut(completion, stop) for completion in found]
+
+
+def _likeliest(stop: Sequence[str], count: int) -> list[str]:
+    """Short beginnings of a line end most completions; the other sequences are found in the text afterwards."""
+    return sorted(stop, key=lambda text: (not text.startswith("\n"), len(text)))[:count]
+
+
+def _cut(completion: Completion, stop: Sequence[str]) -> Completion:
+    """What the server would have returned, had it known every stop sequence."""
+    ends = [end for end in map(completion.text.find, stop) if end >= 0]
+    return Completion(completion.text[: min(ends)], "stop") if ends else completion
+
+
+async def _all(url: str, request: dict, prompts: Sequence[str], concurrency: int, timeout_s: float) -> list[Completion]:
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    timeout = httpx.Timeout(timeout_s, pool=None)
+    gate = asyncio.Semaphore(concurrency)
+    with tqdm(total=len(prompts), desc="generate", leave=False) as progress:
+        async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
+
+            async def one(prompt: str) -> Completion:
+                async with gate:
+                    done = await _one(client, url, {**request, "prompt": prompt})
+                progress.update()
+                return done
+
+            async with asyncio.TaskGroup() as group:
+                jobs = [group.create_task(one(prompt)) for prompt in prompts]
+    return [job.result() for job in jobs]
+
+
+async def _one(client: httpx.AsyncClient, url: str, request: dict) -> Completion:
+    for attempt in range(ATTEMPTS):
+        try:
+            response = await client.post(url, json=request)
+            break
+        except httpx.TimeoutException as error:
+            raise StageError(f"The server at {url} did not answer a request in time ({error!r}).") from error
+        except httpx.TransportError as error:
+            if attempt == ATTEMPTS - 1:
+                raise StageError(f"The server at {url} is gone ({error!r}, {ATTEMPTS} attempts).") from error
+            await asyncio.sleep(2**attempt)
+    if response.status_code != 200:
+        raise StageError(f"The server at {url} refused a request ({response.status_code}): {response.text[:500]}")
+    choice = response.json()["choices"][0]
+    return Completion(choice["text"], choice["finish_reason"])

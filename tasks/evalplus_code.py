@@ -1,0 +1,228 @@
+"""HumanEval+ and MBPP+: the model completes functions, EvalPlus judges them.
+
+Completions are generated concurrently here (EvalPlus sends one prompt at a time) with EvalPlus's prompts and stop
+sequences for base models, and judged by EvalPlus's sanitiser and checker in a sandbox (``tasks.evalplus_judge``).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import StageError, UserError
+from tasks import LLM, Metric, Score
+from tasks.completions import Completion, complete
+from tasks.evalplus_judge import SANDBOX
+
+ROOT = Path(__file__).resolve().parents[1]
+JUDGE = Path(__file__).with_name("evalplus_judge.py")
+FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol", "contract")
+
+
+@dataclass(frozen=True)
+class EvalPlus:
+    """pass@1 of greedy completions on a problem file in EvalPlus's schema (JSON lines, possibly gzipped).
+
+    dataset: ``humaneval`` or ``mbpp``, whose stop sequences and special oracles EvalPlus applies.
+    problems: absolute, or relative to the project. limit: only the first problems. max_tokens: of a completion.
+    memory_gib: address space of a judged program (EvalPlus's own limit is 4).
+    """
+
+    name: str
+    dataset: str
+    problems: str
+    limit: int | None = None
+    max_tokens: int = 768
+    concurrency: int = 32
+    request_timeout_s: float = 600
+    judge_timeout_s: float = 3600
+    memory_gib: int = 4
+
+    def check(self) -> None:
+        """Raise UserError if EvalPlus or the file is missing, a problem lacks a field, or there is no sandbox."""
+        if importlib.util.find_spec("evalplus") is None:
+            raise UserError(f"{self.name}: EvalPlus is not installed (pip install evalplus).")
+        if self.dataset not in ("humaneval", "mbpp"):
+            raise UserError(f"{self.name}: dataset={self.dataset} is neither humaneval nor mbpp.")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"{self.name}: limit={self.limit} leaves no problems. Leave it out for all.")
+        for problem in self._problems():
+            if missing := [field for field in FIELDS if field not in problem]:
+                raise UserError(f"{self.name}: a problem in {self._path} has no {', '.join(missing)}.")
+        check_sandbox(self.name)
+
+    def identity(self) -> dict[str, Any]:
+        """EvalPlus's version, the problems by content, and the settings that can change a verdict."""
+        return {
+            "evalplus": importlib.metadata.version("evalplus"),
+            "dataset": self.dataset,
+            "problems": hashlib.sha256(self._path.read_bytes()).hexdigest(),
+            "limit": self.limit,
+            "max_tokens": self.max_tokens,
+            "memory_gib": self.memory_gib,
+            "prompt": "direct completion, greedy",
+        }
+
+    def score(self, llm: LLM, workdir: Path) -> Score:
+        """Complete and judge every problem. Raises StageError if a completion or a verdict is missing."""
+        problems = self._problems()
+        prompts = [problem["prompt"].strip() + "\n" for problem in problems]
+        completions = complete(
+            llm,
+            prompts,
+            max_tokens=self.max_tokens,
+            stop=_stop_sequences(self.dataset),
+            concurrency=self.concurrency,
+            timeout_s=self.request_timeout_s,
+        )
+        texts = [completion.text.replace("\t", "    ") for completion in completions]  # as EvalPlus's decoders do
+        programs = {
+            problem["task_id"]: prompt + text for problem, prompt, text in zip(problems, prompts, texts, strict=True)
+        }
+        verdicts = judge(self.dataset, self._path, programs, workdir, self.memory_gib, self.judge_timeout_s)
+        samples = [
+            _sample(problem, completion, verdicts[problem["task_id"]])
+            for problem, completion in zip(problems, completions, strict=True)
+        ]
+        return Score(_metrics(samples), samples, _counts(samples))
+
+    @property
+    def _path(self) -> Path:
+        return ROOT / self.problems
+
+    def _problems(self) -> list[dict[str, Any]]:
+        """In the order of the file. Raises UserError."""
+        read = gzip.open if self._path.suffix == ".gz" else open
+        try:
+            with read(self._path, "rt", encoding="utf-8") as file:
+                problems = [json.loads(line) for line in file if line.strip()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.name}: cannot read the problem file {self._path}: {error}") from error
+        return problems[: self.limit]
+
+
+def judge(
+    dataset: str,
+    problems: Path,
+    programs: Mapping[str, str],
+    workdir: Path,
+    memory_gib: int = 4,
+    timeout_s: float = 3600,
+) -> dict[str, dict[str, str]]:
+    """Verdicts of programs by task_id: solution, base and plus. See ``tasks/evalplus_judge.py``.
+
+    Raises StageError if the judge fails, takes longer than ``timeout_s`` or leaves a program without a verdict.
+    """
+    job = workdir / "programs.jsonl"
+    job.write_text("".join(json.dumps({"task_id": task_id, "code": code}) + "\n" for task_id, code in programs.items()))
+    done = _run_judge([dataset, str(problems.resolve()), str(job.resolve())], memory_gib, timeout_s)
+    if done.returncode != 0:
+        raise StageError(f"The judge of generated programs failed: {done.stderr[-2000:]}")
+    verdicts = {row.pop("task_id"): row for row in map(json.loads, done.stdout.splitlines())}
+    if missing := programs.keys() - verdicts.keys():
+        raise StageError(f"The judge gave no verdict on {len(missing)} of {len(programs)} programs: {sorted(missing)}")
+    return verdicts
+
+
+def check_sandbox(name: str) -> None:
+    """Raise UserError where generated programs cannot be isolated: they are not run without."""
+    possible = (
+        "Generated programs are only run isolated, which needs Linux 5.12 or later, unshare (util-linux) and user "
+        "namespaces: check `sysctl user.max_user_namespaces kernel.unprivileged_userns_clone "
+        "kernel.apparmor_restrict_unprivileged_userns`; in Docker add --security-opt seccomp=unconfined "
+        "--security-opt systempaths=unconfined. Or leave this task out."
+    )
+    if shutil.which(SANDBOX[0]) is None:
+        raise UserError(f"{name}: {SANDBOX[0]} is not installed. {possible}")
+    try:
+        done = _run_judge([], memory_gib=4, timeout_s=60)
+    except StageError as error:
+        raise UserError(f"{name}: {error} {possible}") from error
+    if done.returncode != 0:
+        words = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{name}: this machine has no sandbox ({words[-1]}). {possible}")
+
+
+def _run_judge(arguments: list[str], memory_gib: int, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory(prefix="judge-") as scratch:
+        reader, writer = os.pipe()  # the judge ends when our end closes, however we end
+        try:
+            return subprocess.run(
+                [*SANDBOX, sys.executable, "-P", str(JUDGE), *arguments],
+                stdin=reader,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                env=_environment(scratch, memory_gib),
+            )
+        except subprocess.TimeoutExpired as error:
+            raise StageError(f"The judge of generated programs was not done after {timeout_s} s.") from error
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
+def _environment(scratch: str, memory_gib: int) -> dict[str, str]:
+    """All that generated programs can see of ours. One thread each, so that address space means memory."""
+    return {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "XDG_CACHE_HOME": scratch,
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "EVALPLUS_MAX_MEMORY_BYTES": str(memory_gib * 2**30),
+    }
+
+
+def _stop_sequences(dataset: str) -> list[str]:
+    from evalplus.provider.utility import EOS, extra_eos_for_direct_completion
+
+    return EOS + extra_eos_for_direct_completion(dataset)
+
+
+def _sample(problem: Mapping[str, Any], completion: Completion, verdict: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "task_id": problem["task_id"],
+        "completion": completion.text,
+        "solution": verdict["solution"],
+        "base_status": verdict["base"],
+        "plus_status": verdict["plus"],
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _metrics(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """pass@1 as EvalPlus defines it: ``plus`` needs the base tests and the additional ones."""
+    base = [sample["base_status"] == "pass" for sample in samples]
+    plus = [passed and sample["plus_status"] == "pass" for passed, sample in zip(base, samples, strict=True)]
+    return {"base_pass@1": _share(base), "plus_pass@1": _share(plus)}
+
+
+def _share(passed: Sequence[bool]) -> Metric:
+    n, share = len(passed), sum(passed) / len(passed)
+    return Metric(share, math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0, n)
+
+
+def _counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {
+        "empty": sum(not sample["completion"].strip() for sample in samples),
+        "length_capped": sum(sample["finish_reason"] == "length" for sample in samples),
+        "timeout": sum("timeout" in (sample["base_status"], sample["plus_status"]) for sample in samples),
+        "killed": sum(sample["base_status"] == "killed" for sample in samples),
+    }
