@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -137,7 +138,7 @@ def test_a_running_server_is_used_and_left_alone(llm: LLM, folder: Path, tmp_pat
     running = Server(llm.url + "/", "tiny")
     running.check()
     with running.serve(folder, "ignored", tmp_path / "log") as served:
-        assert served == llm
+        assert served == replace(llm, max_stops=4), "we know nothing of its limits but the API's"
     assert is_open(llm.url)
     assert running.identity() == {"engine": "external server", "url": llm.url, "model": "tiny"}
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,15 @@ def test_completions_stop_before_a_stop_sequence(llm: LLM, reference):
     (done,) = complete(llm, ["abc"], max_tokens=6, stop=[text[3]], concurrency=1, timeout_s=60)
     assert done.text == text[: text.index(text[3])]
     assert done.finish_reason == "stop"
+
+
+def test_a_server_that_allows_few_stop_sequences_gives_the_same_completions(llm: LLM):
+    stop = [*"abcdefgh", "\nxyz"]
+    prompts = [f"def f{i}(x):" for i in range(12)]
+    settings = {"max_tokens": 24, "stop": stop, "concurrency": 12, "timeout_s": 60}
+    few = complete(replace(llm, max_stops=4), prompts, **settings)
+    assert few == complete(llm, prompts, **settings)
+    assert "stop" in {done.finish_reason for done in few}, "some sequence occurs, or this shows nothing"
 
 
 def test_a_refused_completion_fails_with_the_servers_words(llm: LLM):
