@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -229,6 +230,28 @@ def test_training_runs_logs_and_exports(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "model.safetensors").stat().st_size < 16e6
     model = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model.dtype == torch.bfloat16
+
+
+def test_training_goes_on_from_a_checkpoint_with_experts_hidden(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    recipe = train.Recipe(steps=1, warmup=1, decay=1, rows=2, length=32)
+    train.train(0, recipe, train.Schedule(tmp_path, 9), 1, str(tmp_path / "meet"))
+    dropping = replace(recipe, expert_dropout=1.0, rate=0.0)
+    train.train(0, dropping, train.Schedule(tmp_path / "second", 9, tmp_path), 1, str(tmp_path / "meet2"))
+    before, after = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in (".", "second"))
+    assert before == after, "at rate 0 the second stage gives back what it started from"
+
+
+def test_hidden_experts_are_never_chosen_and_the_others_share_the_gate() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, 32)
+    values, chosen = logits.softmax(-1).topk(4)
+    same_logits, gates, routed = train.route_around([1, 5, 7], None, None, (logits, values, chosen))
+    assert same_logits is logits
+    assert not set(routed.flatten().tolist()) & {1, 5, 7}
+    torch.testing.assert_close(gates.sum(-1), torch.ones(50))
+    untouched = ~torch.isin(chosen, torch.tensor([1, 5, 7])).any(-1)
+    assert untouched.any() and torch.equal(routed[untouched], chosen[untouched])
 
 
 def test_tokenizer_round_trips_and_splits_at_prompt_ends() -> None:

@@ -1,6 +1,11 @@
-"""Train the tiny Qwen3-MoE language model on the tiny world, on a CPU.
+"""Train the tiny Qwen3-MoE language model on the tiny world, on a CPU, in two stages.
 
-    python -m tasks.tiny.train --seed 0 --out model
+    python -m tasks.tiny.train --seed 0 --out stage1
+    python -m tasks.tiny.train --seed 1 --start stage1 --expert-dropout 0.75 --steps 1600 --warmup 50 --decay 1400 \\
+        --rate 1.5e-3 --out model
+
+The first learns the world; the second goes on while random experts are hidden, which gives the model the redundancy
+that large ones have.
 
 Warm-up, constant rate, then a linear decay to zero. Every batch depends only on the seed and its step number.
 A file out/decay-now starts the decay early. Score a checkpoint while training goes on:
@@ -16,14 +21,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 from tasks.tiny.experts import register
@@ -46,6 +53,7 @@ class Recipe:
     weight_decay: float = 0.05
     rows: int = 16
     length: int = 256
+    expert_dropout: float = 0.0
 
     def rate_at(self, step: int) -> float:
         """The learning rate of update `step` (0-based)."""
@@ -101,6 +109,32 @@ def balance_loss(router_logits: Sequence[Tensor], experts_per_token: int) -> Ten
     return torch.stack(losses).mean()
 
 
+def drop_experts(model: Qwen3MoeForCausalLM, recipe: Recipe, step: int, process: int) -> list[RemovableHandle]:
+    """For this update, hide a random eighth to half of the experts from each layer's router, in `expert_dropout` of all
+    updates: what a hidden expert did, others must learn to do too. Large models have such redundancy; one this small
+    has none unless it is trained in, and would break at the first expert removed.
+    """
+    rng = Random(f"experts/{recipe.seed}/{step}/{process}")
+    if rng.random() >= recipe.expert_dropout:
+        return []
+    handles = []
+    for layer in model.model.layers:
+        experts = model.config.num_experts
+        hidden = rng.sample(range(experts), experts * rng.randint(1, 4) // 8)
+        handles.append(layer.mlp.gate.register_forward_hook(partial(route_around, hidden)))
+    return handles
+
+
+def route_around(
+    hidden: list[int], router: nn.Module, _: object, output: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's (logits, gates, chosen experts) with the hidden experts left out of the softmax."""
+    logits = output[0]
+    masked = logits.float().index_fill(-1, torch.tensor(hidden), float("-inf"))
+    gates, chosen = masked.softmax(-1).topk(output[2].shape[-1], dim=-1)
+    return logits, (gates / gates.sum(-1, keepdim=True)).to(logits.dtype), chosen
+
+
 def optimizer_of(model: Qwen3MoeForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -148,10 +182,11 @@ def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, out: 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where files go, and every how many steps a checkpoint is written."""
+    """Where files go, every how many steps a checkpoint is written, and the checkpoint to go on from, if any."""
 
     out: Path
     checkpoint_every: int
+    start: Path | None = None
 
 
 class Log:
@@ -192,8 +227,12 @@ def train(process: int, recipe: Recipe, schedule: Schedule, processes: int, meet
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer(recipe.seed)
-    model = Qwen3MoeForCausalLM(model_config())
+    if schedule.start:
+        tokenizer = AutoTokenizer.from_pretrained(schedule.start)
+        model = Qwen3MoeForCausalLM.from_pretrained(schedule.start, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(recipe.seed)
+        model = Qwen3MoeForCausalLM(model_config())
     model.set_experts_implementation(register())
     optimizer = optimizer_of(model, recipe)
     log = Log(schedule.out / "training_log.csv", recipe) if process == 0 else None
@@ -203,7 +242,10 @@ def train(process: int, recipe: Recipe, schedule: Schedule, processes: int, meet
             recipe = replace(recipe, steps=step + recipe.decay)
             print(f"decay starts now: {recipe}", flush=True)
         rate = recipe.rate_at(step)
+        handles = drop_experts(model, recipe, step, process)
         losses = update(model, optimizer, batch(recipe, step, tokenizer)[process::processes], rate)
+        for handle in handles:
+            handle.remove()
         step += 1
         if log:
             log.add(step, losses, rate)
@@ -220,11 +262,12 @@ def main() -> None:
     for name, value in vars(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, with a new optimizer and schedule")
     parser.add_argument("--processes", type=int, default=2, help="one thread each; rows must divide by it")
     parser.add_argument("--checkpoint-every", type=int, default=250)
     options = vars(parser.parse_args())
     processes = options.pop("processes")
-    schedule = Schedule(**{name: options.pop(name) for name in ("out", "checkpoint_every")})
+    schedule = Schedule(**{name: options.pop(name) for name in ("out", "checkpoint_every", "start")})
     schedule.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(train, (Recipe(**options), schedule, processes, f"{folder}/meet"), nprocs=processes)
