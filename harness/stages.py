@@ -181,8 +181,8 @@ def score(cell: Cell, made: Plan, task: Task, served: Serving, store: Store) -> 
         "metrics": {metric: asdict(value) for metric, value in found.metrics.items()},
         "counts": dict(found.counts),
         "seconds": seconds,
-        "task": dict(task.identity()),
-        "serve": dict(cell.serve.identity()),
+        "task_identity": dict(task.identity()),
+        "served_by": dict(cell.serve.identity()),
         "provenance": provenance(),
     }
     store.write_json("scores", name, document)
@@ -247,6 +247,7 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
     }
     if given is not None and made is not None:
         document["plan"] = made.digest
+        document["calibration_tokens"] = given.provenance.get("number_of_tokens", 0)
         document["size"] = asdict(checkpoint.measure(cell.model, made))
         document["seconds"] = {
             "calibrate": given.provenance.get("seconds", 0.0),

@@ -51,6 +51,9 @@ def test_ends_with_a_table_a_plot_and_complete_records(
         assert all(metric["n"] == 6 and 0 <= metric["value"] <= 1 for metric in record["metrics"].values())
         assert set(record["seconds"]) == {"calibrate", "plan", "export", "serve", "score"}
         assert record["provenance"]["versions"]["transformers"]
+        assert record["task"] in ("tiny_sums", "tiny_facts", "tiny_code")
+        assert record["calibration_tokens"] == (8 * 256 if record["label"] != "uncompressed" else 0)
+        assert record["served_by"]["engine"] == "vllm"
     size = {record["label"]: record["size"] for record in records}
     assert size["REAP"]["experts"] == 16 and size["REAP"]["bytes"] < 0.6 * size["uncompressed"]["bytes"]
     assert size["HC-SMoE"]["experts"] == 32 and size["HC-SMoE"]["distinct"] == 16
