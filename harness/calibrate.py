@@ -85,6 +85,7 @@ class Observer:
             yield
         finally:
             self._use(before)
+            ALL_EXPERTS_FUNCTIONS._global_mapping.pop("observed", None)  # or it would keep the model in memory
             for hook in hooks:
                 hook.remove()
 

@@ -21,11 +21,12 @@ def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     for cell in sweep.cells:
         cell.check()
     waiting = [c for c in sweep.cells if not all(stages.is_done(c, task, sweep.store) for task in c.tasks)]
-    for cell in waiting[:1]:
-        cell.serve.check(cell.model.bytes)
-    for cell in waiting:
-        if cell.calibrates:
-            stages.tokens(cell, sweep.store)  # refuses too little text; the tokens are kept for the calibration
+    for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
+        serve.check(nbytes)
+    unread = {stages.tokens_name(cell): cell for cell in waiting if cell.calibrates}
+    for name, cell in unread.items():
+        if not sweep.store.path("tokens", name).exists():
+            cell.calibration.tokens(cell.model)  # refuses too little text
     multirun = ["-m"] if len(sweep.cells) > 1 and "-m" not in arguments else []
     return sweep, [*multirun, *arguments, f"collect=[{','.join(sweep.extras)}]"]
 

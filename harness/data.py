@@ -42,7 +42,8 @@ class Calibration:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
-        assert self.paths
+        if not self.paths:
+            raise UserError(f"calibration {self.name!r} names no files. Give at least one .jsonl or .txt file.")
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -98,7 +99,9 @@ def _documents(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
         yield from (part for part in path.read_text().split("\n\n") if part.strip())
         return
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             yield json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:

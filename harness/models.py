@@ -115,7 +115,7 @@ class Model:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         try:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
             raise UserError(
                 f"model {self.name!r}: {self.path!r} is no folder here and the hub did not give it "
                 f"({type(error).__name__}). Check the name and the network, or set model.path to a local folder."
@@ -176,12 +176,20 @@ class Model:
         return int(values.pop())
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def parameters(self) -> int:
         return sum(tensor.elements for tensor in self.tensors.values())
+
+    def check_tokenizer(self) -> None:
+        """Raise UserError if the folder has no tokenizer: transformers would make an empty one up."""
+        if not any(any(self.folder.glob(pattern)) for pattern in ("tokenizer.json", "tokenizer.model", "vocab*")):
+            raise UserError(
+                f"model {self.name!r}: {self.folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.*). "
+                "Copy the original model's tokenizer files there."
+            )
 
     @cached_property
     def digest(self) -> str:

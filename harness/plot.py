@@ -13,16 +13,21 @@ from matplotlib.axes import Axes
 
 
 def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
-    """One panel per task and metric from the tidy frame of `harness.report.frame`, written as ``suffix``."""
-    done = tidy[tidy["status"] == "done"]
-    panels = list(done[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
+    """One panel per model, task and metric from the tidy frame of `harness.report.frame`, written as ``suffix``.
+
+    A point stands for all its seeds or is not drawn.
+    """
+    finished = tidy["status"] == "done"
+    done = tidy[finished.groupby([tidy[name] for name in ("model", "label", "ratio", "task")]).transform("all")]
+    panels = list(done[["model", "task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
     labels = [label for label in tidy["label"].unique() if (tidy[tidy["label"] == label]["ratio"] > 0).any()]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, layout="constrained")
-    for axes, (task, metric) in zip(grid.flat, panels, strict=False):
-        draw(axes, done[(done["task"] == task) & (done["metric"] == metric)], labels)
-        axes.set_title(f"{task} {metric}", fontsize=10)
+    for axes, (model, task, metric) in zip(grid.flat, panels, strict=False):
+        here = (done["model"] == model) & (done["task"] == task) & (done["metric"] == metric)
+        draw(axes, done[here], labels)
+        axes.set_title(f"{model}: {task} {metric}", fontsize=10)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     handles, names = grid.flat[0].get_legend_handles_labels()

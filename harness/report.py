@@ -21,6 +21,7 @@ from harness.spec import Sweep, expand
 from harness.store import Store
 
 NOT_RUN, FAILED = "—", "✗"
+ROW = ["model", "method", "ratio"]
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -80,12 +81,12 @@ def scores(tidy: pd.DataFrame) -> pd.DataFrame:
     model's value on the same task.
     """
     columns = [(task, metric) for task in tidy["task"].unique() for metric in _known_metrics(tidy, task)]
-    table: dict[tuple[str, str], dict[str, str]] = {}
-    for (label, ratio), group in tidy.groupby(["label", "ratio"], sort=False):
-        name = (str(label), f"{ratio:.4g}")
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
+    for (model, label, ratio), group in tidy.groupby(["model", "label", "ratio"], sort=False):
+        name = (str(model), str(label), f"{ratio:.4g}")
         table[name] = {_title(tidy, task, metric): _entry(tidy, group, task, metric) for task, metric in columns}
     result = pd.DataFrame.from_dict(table, orient="index")
-    result.index = pd.MultiIndex.from_tuples(table, names=["method", "ratio"])
+    result.index = pd.MultiIndex.from_tuples(table, names=ROW)
     return result
 
 
@@ -112,7 +113,7 @@ def _entry(tidy: pd.DataFrame, group: pd.DataFrame, task: str, metric: str | Non
     values = here[here["metric"] == metric]
     spread = values["stderr"].iloc[0] if len(values) == 1 else values["value"].std(ddof=1)
     text = f"{100 * values['value'].mean():.1f} ± {100 * spread:.1f}"
-    base = _baseline(tidy, task, metric)
+    base = _baseline(tidy[tidy["model"] == group["model"].iloc[0]], task, metric)
     if base is None or (group["ratio"] == 0).all():
         return text
     return f"{text} ({100 * (values['value'].mean() - base):+.1f})"
@@ -125,13 +126,13 @@ def _baseline(tidy: pd.DataFrame, task: str, metric: str) -> float | None:
 
 def costs(tidy: pd.DataFrame) -> pd.DataFrame:
     """What each row's model holds, and the seconds its stages took (of one seed; scoring summed over tasks)."""
-    table: dict[tuple[str, str], dict[str, str]] = {}
-    for (label, ratio), group in tidy.groupby(["label", "ratio"], sort=False):
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
+    for (model, label, ratio), group in tidy.groupby(["model", "label", "ratio"], sort=False):
         done = group[group["status"] == "done"]
         first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
-        table[str(label), f"{ratio:.4g}"] = _cost(first)
+        table[str(model), str(label), f"{ratio:.4g}"] = _cost(first)
     result = pd.DataFrame.from_dict(table, orient="index").fillna(NOT_RUN)
-    result.index = pd.MultiIndex.from_tuples(table, names=["method", "ratio"])
+    result.index = pd.MultiIndex.from_tuples(table, names=ROW)
     return result
 
 

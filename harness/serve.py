@@ -115,6 +115,7 @@ class VLLM:
         return {
             "engine": "vllm",
             "version": _version(),
+            "device": "cpu" if _is_cpu_build() else "cuda",
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
             "extra_args": list(self.extra_args),
@@ -203,19 +204,38 @@ class Server:
 
     def identity(self) -> dict[str, Any]:
         """All we know of it: that it is somebody else's, and which."""
-        return {"engine": "external server", "url": self.url.rstrip("/"), "model": self.model}
+        return {
+            "engine": "external server",
+            "url": self.url.rstrip("/"),
+            "model": self.model,
+            "tokenizer": self.tokenizer,
+        }
 
     @contextmanager
     def serve(self, folder: Path, name: str, log: Path) -> Iterator[LLM]:
         """The running server; ``name`` and ``log`` are not used. Raises StageError like ``VLLM.serve``."""
         url = self.url.rstrip("/")
         llm = LLM(url, self.model, self.tokenizer or str(folder), _served_length(url, self.model))
-        probe(llm)
+        _check_tokenizer(llm, probe(llm))
         yield llm
 
 
-def probe(llm: LLM) -> None:
-    """Score and continue a short text. Raises StageError unless every log-probability is finite.
+def _check_tokenizer(llm: LLM, prompt_tokens: int) -> None:
+    """Raise StageError if the server splits the probe into another number of tokens than our tokenizer does."""
+    from transformers import AutoTokenizer
+
+    ours = len(AutoTokenizer.from_pretrained(llm.tokenizer)(PROBE)["input_ids"])
+    if ours != prompt_tokens:
+        raise StageError(
+            f"{llm.model} at {llm.url} has another tokenizer than {llm.tokenizer}: a text of {ours} tokens has "
+            f"{prompt_tokens} there. Name the model it serves (model.path, model.name) or serve.tokenizer."
+        )
+
+
+def probe(llm: LLM) -> int:
+    """Score and continue a short text; returns its length in the server's tokens.
+
+    Raises StageError unless every log-probability is finite.
 
     A model whose logits are NaN otherwise looks fine: it generates, and lm-eval gives it perfect accuracies.
     """
@@ -234,6 +254,7 @@ def probe(llm: LLM) -> None:
         raise StageError(f"The server at {llm.url} gives no log-probabilities of the prompt (logprobs, echo).")
     if not all(value is not None and math.isfinite(value) for value in values[1:]):
         raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
+    return int(response.json()["usage"]["prompt_tokens"])
 
 
 class Host:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import inspect
 import itertools
 import re
@@ -17,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +36,10 @@ from methods.none import NoCompression
 from tasks import Task
 
 CONF = ROOT / "conf"
-SCHEMA = 1
+
+# Raise one when a change of our code changes what it stands for; what was made before is then made anew.
+STATS_SCHEMA = 1  # the sums of harness/calibrate.py
+SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,27 @@ class Cell:
     def identity(self) -> dict[str, Any]:
         """What determines the plan. Uncompressed, nothing but the model does; without calibration, no text does."""
         identity: dict[str, Any] = {
-            "schema": SCHEMA,
             "model": self.model.digest,
             "method": method_identity(self.method),
         }
         if self.compresses:
             identity["keep"] = sorted(self.keep.items())
         if self.calibrates:
-            identity["calibration"] = {**self.calibration.identity(), "dtype": self.calibration.dtype}
+            identity["calibration"] = {**self.calibration.identity(), **self.observed_how()}
         return identity
+
+    def observed_how(self) -> dict[str, Any]:
+        """What determines the sums besides model and tokens."""
+        return {
+            "dtype": self.calibration.dtype,
+            "transformers": importlib.metadata.version("transformers"),
+            "schema": STATS_SCHEMA,
+        }
 
     def record_name(self, task: Task) -> str:
         """File name of the record of this cell on one task: readable, and unique by what determines it."""
-        digest = key(cell=self.identity(), task=dict(task.identity()), serve=dict(self.serve.identity()))
+        fields = {"task": dict(task.identity()), "serve": dict(self.serve.identity()), "schema": SCORE_SCHEMA}
+        digest = key(cell=self.identity(), **fields)
         return f"{self.slug}-{task.name}-{digest}.json"
 
     @property
@@ -98,6 +111,9 @@ class Cell:
     def check(self) -> None:
         """Raise UserError, before any work, for everything that cannot work."""
         checkpoint.check_structure(self.model)
+        self.model.check_tokenizer()
+        if not self.tasks:
+            raise UserError("The suite has no tasks, so there is nothing to score. Choose one of conf/suite/.")
         if self.compresses and isinstance(self.serve, Server):
             raise UserError(
                 f"{self.label} makes a model of its own, and {self.serve.url} serves another. Use serve=vllm, "
@@ -140,17 +156,23 @@ def cell_of(config: DictConfig) -> Cell:
     seed = _whole_number(fields["seed"])
     built = _build("method", method)
     return Cell(
-        model=_build("model", fields["model"]),
-        calibration=_build("calibration", _tuples(fields["calibration"])),
+        model=_model(tuple(sorted(fields["model"].items()))),
+        calibration=_build("calibration", fields["calibration"]),
         method=built,
         label=label,
         ratio=0.0 if isinstance(built, NoCompression) else ratio,
         seed=seed,
-        tasks=tuple(_build("suite", _tuples(task)) for task in fields["suite"]["tasks"]),
-        serve=_build("serve", _tuples(fields["serve"])),
+        tasks=tuple(_build("suite", task) for task in fields["suite"]["tasks"]),
+        serve=_build("serve", fields["serve"]),
         collect=frozenset(fields["collect"]),
-        keep_checkpoints=bool(fields["keep_checkpoints"]),
+        keep_checkpoints=_yes_or_no("keep_checkpoints", fields["keep_checkpoints"]),
     )
+
+
+def _yes_or_no(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value} is neither true nor false.")
+    return value
 
 
 def _whole_number(seed: object) -> int:
@@ -159,28 +181,40 @@ def _whole_number(seed: object) -> int:
     return seed
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+@functools.cache
+def _model(fields: tuple[tuple[str, Any], ...]) -> Model:
+    """One object for all cells of a model, so that it is read and hashed once."""
+    return _build("model", dict(fields))
 
 
 def _build(group: str, fields: Mapping[str, Any]) -> Any:
-    """Instantiate ``_target_``; a wrong parameter or class becomes one message."""
+    """An object of the dataclass ``_target_``; a wrong class, parameter or type of value becomes one message."""
     try:
-        return instantiate(dict(fields), _convert_="all")
-    except HydraException as error:
-        cause = error.__cause__ or error
-        possible = _parameters(str(fields.get("_target_")))
-        raise UserError(f"conf/{group}: {fields.get('_target_')} cannot be made: {cause}.{possible}") from error
-
-
-def _parameters(target: str) -> str:
-    from hydra.utils import get_class
-
+        kind = get_class(str(fields["_target_"]))
+    except (HydraException, ImportError, KeyError, ValueError) as error:
+        raise UserError(f"conf/{group}: there is no class {fields.get('_target_')}: {error}") from error
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    del given["_target_"]
+    types = {field.name: getattr(field.type, "__name__", str(field.type)) for field in dataclasses.fields(kind)}
+    for name, value in given.items():
+        if name not in types:
+            possible = ", ".join(types) or "none"
+            raise UserError(f"{group}: {kind.__name__} has no parameter {name!r}. Its parameters are: {possible}.")
+        if not _fits(value, types[name]):
+            raise UserError(f"{group}: {name}={value} is not of the type {types[name]} that {kind.__name__} needs.")
     try:
-        names = [field.name for field in dataclasses.fields(get_class(target))]
-    except (HydraException, TypeError, ImportError):
-        return ""
-    return f" Its parameters are: {', '.join(names) or 'none'}."
+        return kind(**given)
+    except TypeError as error:  # a parameter is missing
+        raise UserError(f"conf/{group}: {error}") from error
+
+
+def _fits(value: object, annotation: str) -> bool:
+    """Whether a value from YAML is of an annotated type such as ``int | None`` or ``tuple[str, ...]``."""
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None), "tuple": tuple}
+    names = [part.strip().split("[")[0] for part in annotation.split("|")]
+    if isinstance(value, bool):
+        return "bool" in names
+    return any(isinstance(value, kinds.get(name, object)) for name in names)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -212,7 +246,23 @@ def expand(overrides: Sequence[str]) -> Sweep:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_message(error)) from error
     name = first.hydra.runtime.choices.get("sweep") or "run"
-    return Sweep(name, tuple(cell_of(config) for config in configs), Store(Path(configs[0].store)))
+    cells = tuple(cell_of(config) for config in configs)
+    _check_rows(cells)
+    return Sweep(name, cells, Store(Path(configs[0].store)))
+
+
+def _check_rows(cells: Sequence[Cell]) -> None:
+    """A table's rows are named by model, label, ratio and seed: cells that differ in more would be mixed up."""
+    rows: dict[tuple, Cell] = {}
+    for cell in cells:
+        seed = cell.seed if cell.compresses else None
+        for task in cell.tasks:
+            row = (cell.model.name, cell.label, cell.ratio, seed, task.name)
+            if rows.setdefault(row, cell).record_name(task) != cell.record_name(task):
+                raise UserError(
+                    f"Two cells of this sweep would share the table row {', '.join(map(str, row))} though they differ. "
+                    "Sweep over method, ratio, seed, or models with names of their own; run anything else on its own."
+                )
 
 
 def _single(arguments: Sequence[str]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import secrets
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,22 +22,23 @@ from harness import plan as plans
 from harness.errors import StageError, UserError
 from harness.plan import Plan
 from harness.provenance import provenance
-from harness.spec import Cell, method_identity
+from harness.spec import SCORE_SCHEMA, Cell, method_identity
 from harness.stats import LayerStats, Stats
 from harness.store import Store, key, remove, say
 from tasks import LLM, Score, Task
-
-RECORD_SCHEMA = 1
-STATS_SCHEMA = 1  # raise it when a change of calibrate.py changes the sums
 
 
 def tokens(cell: Cell, store: Store) -> np.ndarray:
     """Packed calibration tokens [sequences, length]."""
     from safetensors.numpy import load_file, save_file
 
-    name = key(documents=dict(cell.calibration.identity()), tokenizer=cell.model.tokenizer_digest) + ".safetensors"
+    name = tokens_name(cell)
     path = store.once("tokens", name, lambda path: save_file({"tokens": cell.calibration.tokens(cell.model)}, path))
     return load_file(path)["tokens"]
+
+
+def tokens_name(cell: Cell) -> str:
+    return key(documents=dict(cell.calibration.identity()), tokenizer=cell.model.tokenizer_digest) + ".safetensors"
 
 
 def statistics(cell: Cell, store: Store) -> Stats:
@@ -47,8 +50,7 @@ def statistics(cell: Cell, store: Store) -> Stats:
     fields = {
         "model": cell.model.digest,
         "tokens": digest,
-        "dtype": cell.calibration.dtype,
-        "schema": STATS_SCHEMA,
+        **cell.observed_how(),
     }
     name = key(**fields) + ".safetensors"
     path = store.path("stats", name)
@@ -128,7 +130,8 @@ def serving(cell: Cell, made: Plan, store: Store) -> Iterator[Serving]:
         log = store.path("logs", f"{cell.slug}-{made.digest[:16]}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        with cell.serve.serve(folder, cell.slug, log) as llm:
+        name = f"{cell.slug}-{secrets.token_hex(4)}"  # so that no other run's server can be taken for ours
+        with cell.serve.serve(folder, name, log) as llm:
             seconds["serve"] = time.perf_counter() - start
             say("serve", cell.slug, f"{seconds['serve']:.1f} s")
             yield Serving(llm, seconds)
@@ -148,6 +151,8 @@ def _folder(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> 
 
     start = time.perf_counter()
     with store.locked("serving", name):
+        if store.path("checkpoints", name).exists():  # kept from an earlier run: it may have been damaged since
+            checkpoint.verify(store.path("checkpoints", name), cell.model)
         folder = store.once("checkpoints", name, make)
         seconds["export"] = time.perf_counter() - start
         say("export", name, f"{seconds['export']:.1f} s")
@@ -161,19 +166,22 @@ def _folder(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> 
 def score_name(cell: Cell, made: Plan, task: Task) -> str:
     """Name of the score of these weights on this task, whatever method found the plan."""
     weights = key(model=cell.model.digest, plan="identity" if made.is_identity else made.digest)
-    return key(weights=weights, task=dict(task.identity()), serve=dict(cell.serve.identity())) + ".json"
+    fields = {"task": dict(task.identity()), "serve": dict(cell.serve.identity()), "schema": SCORE_SCHEMA}
+    return key(weights=weights, **fields) + ".json"
 
 
 def score(cell: Cell, made: Plan, task: Task, served: Serving, store: Store) -> None:
     """Score the served model on one task and keep the score and every sample. Raises StageError."""
     name = score_name(cell, made, task)
-    work = store.path("work", name.removesuffix(".json"))
-    work.mkdir(parents=True, exist_ok=True)
+    with store.locked("scores", name):
+        if not scored(cell, made, task, store):  # nobody else did it while we waited
+            _score(cell, name, task, served, store)
+
+
+def _score(cell: Cell, name: str, task: Task, served: Serving, store: Store) -> None:
     start = time.perf_counter()
-    try:
-        found = task.score(served.llm, work)
-    finally:
-        remove(work)
+    with tempfile.TemporaryDirectory(prefix="score-") as work:
+        found = task.score(served.llm, Path(work))
     seconds = {**served.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
     store.put("samples", name.replace(".json", ".jsonl.gz"), lambda path: _write_samples(path, found.samples))
@@ -232,7 +240,6 @@ def _write_samples(path: Path, samples: Sequence[Any]) -> None:
 def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error: str | None, store: Store) -> None:
     """One JSON for one cell on one task: what was asked, what it is made of, and either its score or why it failed."""
     document: dict[str, Any] = {
-        "schema": RECORD_SCHEMA,
         "status": "failed" if error else "done",
         "model": cell.model.name,
         "method": type(cell.method).__module__.removeprefix("methods."),
@@ -242,7 +249,7 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
         "calibration": cell.calibration.name if cell.calibrates else None,
         "task": task.name,
         "cell": cell.identity(),
-        "original": {"parameters": cell.model.parameters, "bytes": cell.model.bytes},
+        "original": {"parameters": cell.model.parameters, "bytes": cell.model.nbytes},
         "error": error,
     }
     if given is not None and made is not None:
@@ -259,4 +266,5 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
             assert found is not None, f"{task.name} neither failed nor has a score"
             document["seconds"] |= found.pop("seconds")
             document |= found | {"score": name}
-    store.write_json("records", cell.record_name(task), document)
+    if not (error and is_done(cell, task, store)):  # another run may have finished what failed here
+        store.write_json("records", cell.record_name(task), document)

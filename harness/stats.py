@@ -71,7 +71,7 @@ class Stats:
     def __add__(self, other: Stats) -> Stats:
         assert self.layers.keys() == other.layers.keys(), (sorted(self.layers), sorted(other.layers))
         layers = {index: layer + other.layers[index] for index, layer in self.layers.items()}
-        return Stats(layers, self.provenance)
+        return Stats(layers, {"parts": [dict(self.provenance), dict(other.provenance)]})
 
     @property
     def names(self) -> frozenset[str]:

@@ -40,14 +40,16 @@ class Store:
         if not path.exists():
             with self.locked(kind, name):
                 if not path.exists():
-                    self.put(kind, name, make)
+                    self._put(path, path.with_name(f".partial-{name}"), make)  # a kill's leavings go with the next try
         return path
 
     def put(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
         """Write or replace: ``make`` fills a temporary path that takes the name's place in one rename."""
         path = self.path(kind, name)
+        return self._put(path, path.with_name(f".{os.getpid()}-{name}"), make)
+
+    def _put(self, path: Path, temporary: Path, make: Callable[[Path], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
         remove(temporary)
         try:
             make(temporary)
@@ -95,9 +97,11 @@ def _sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there. A folder loses its name first: half of it is never found under it."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        doomed = path.with_name(f".{os.getpid()}-doomed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
 

@@ -98,7 +98,10 @@ def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     index = folder / INDEX
     if not index.exists():
         return
-    promised = json.loads(index.read_text())["weight_map"]
+    try:
+        promised = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is not a readable index of a checkpoint: {error!r}.") from error
     for name, file in promised.items():
         if name not in tensors or tensors[name].file.name != file:
             raise UserError(f"{folder}: {INDEX} promises tensor {name} in {file}, and it is not there.")

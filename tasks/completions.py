@@ -83,4 +83,6 @@ async def _one(client: httpx.AsyncClient, url: str, request: dict) -> Completion
     if response.status_code != 200:
         raise StageError(f"The server at {url} refused a request ({response.status_code}): {response.text[:500]}")
     choice = response.json()["choices"][0]
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise StageError(f"The server at {url} broke a completion off: finish_reason {choice['finish_reason']!r}.")
     return Completion(choice["text"], choice["finish_reason"])

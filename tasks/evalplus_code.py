@@ -62,6 +62,9 @@ class EvalPlus:
         for problem in self._problems():
             if missing := [field for field in FIELDS if field not in problem]:
                 raise UserError(f"{self.name}: a problem in {self._path} has no {', '.join(missing)}.")
+        ids = [problem["task_id"] for problem in self._problems()]
+        if not ids or len(set(ids)) < len(ids):
+            raise UserError(f"{self.name}: {self._path} must hold problems, each with a task_id of its own.")
         check_sandbox(self.name)
 
     def identity(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import math
 import os
 import statistics
@@ -58,8 +59,11 @@ class LmEval:
         identity: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": self.limit}
         if self.task is not None:
             return {**identity, "task": self.task}
-        files = [self._path, *self._data_files()]
-        return {**identity, "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}}
+        # The resolved file (with what it includes), the functions it may name, and the data.
+        config = json.dumps(self._config(), sort_keys=True, default=str)
+        files = [*sorted(self._path.parent.glob("*.py")), *self._data_files()]
+        hashes = [[os.path.relpath(path, self._path.parent), _sha256(path.read_bytes())] for path in files]
+        return {**identity, "config": _sha256(config.encode()), "files": hashes}
 
     def score(self, llm: LLM, workdir: Path) -> Score:
         """Run the task. Raises StageError if a request fails for good, an item is lost or a number is not finite."""
@@ -146,8 +150,12 @@ class LmEval:
         """Items to score: all rows of the data files where we can count them, else what lm-eval says."""
         files = self._data_files()
         if len(files) == 1 and files[0].suffix == ".jsonl" and "process_docs" not in self._config():
-            original = sum(1 for line in files[0].read_text().splitlines() if line.strip())
+            original = sum(1 for line in files[0].read_text().split("\n") if line.strip())
         return min(original, self.limit or original)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _as_list(files: str | Sequence[str]) -> list[str]:
@@ -169,6 +177,9 @@ def _client(llm: LLM, num_concurrent: int, batch_size: int, timeout_s: int) -> A
 
         def parse_generations(self, outputs: Any, **arguments: Any) -> list[str]:
             replies = outputs if isinstance(outputs, list) else [outputs]
+            reasons = {choice["finish_reason"] for reply in replies for choice in reply["choices"]}
+            if not reasons <= {"stop", "length"}:
+                raise StageError(f"The server broke a generation off: finish_reason {sorted(map(str, reasons))}.")
             self.capped += sum(choice["finish_reason"] == "length" for reply in replies for choice in reply["choices"])
             return LocalCompletionsAPI.parse_generations(outputs, **arguments)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from harness.models import ROOT, Model
 from harness.serve import VLLM
+from harness.spec import _build
 from harness.stats import EXTRAS, ROUTED, LayerStats, Stats
 
 SHARED = ROOT.parent / "shared"
@@ -22,7 +22,8 @@ EXPERTS, TOP_K, HIDDEN = 8, 2, 32
 
 def vllm(**changes: object) -> VLLM:
     """vLLM as conf/serve/vllm.yaml sets it up, with these changes."""
-    return instantiate(OmegaConf.load(ROOT / "conf" / "serve" / "vllm.yaml"), **changes, _convert_="all")
+    settings = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "serve" / "vllm.yaml"))
+    return _build("serve", {**settings, **changes})
 
 
 def needs_shared(path: str) -> Path:

@@ -119,7 +119,7 @@ def test_sizes_are_those_of_the_written_files(
     plan = plan_of(family_model)
     size = checkpoint.measure(family_model, plan)
     out = exported(family_model, plan, tmp_path / "out")
-    assert (size.bytes, size.parameters) == (out.bytes, out.parameters)
+    assert (size.bytes, size.parameters) == (out.nbytes, out.parameters)
     assert {size.experts} == set(out.experts.values())
     assert size.distinct == sum(plan.distinct_experts().values()) / len(plan.layers)
     assert size.distinct_bytes <= size.bytes
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_many_files_keeps_its_index_true(tmp_path: Path) -> None
     for name, plan_of in (("pruned", prune_plan), ("merged", merge_plan)):
         out = exported(model, plan_of(model), tmp_path / name)
         index = json.loads((out.folder / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == out.bytes
+        assert index["metadata"]["total_size"] == out.nbytes
         assert {n: t.file.name for n, t in out.tensors.items()} == index["weight_map"]
         expected = exported(whole, plan_of(whole), tmp_path / f"{name}-whole")
         torch.testing.assert_close(logits(out.load("float32")), logits(expected.load("float32")), atol=0, rtol=0)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness import report
+from harness import plot, report
 from harness.spec import Sweep
 from harness.store import Store
 
@@ -40,7 +40,7 @@ class FakeCell:
         return self.ratio > 0
 
     def record_name(self, task: FakeTask) -> str:
-        return f"{self.label}-{self.ratio}-{self.seed if self.compresses else 0}-{task.name}.json"
+        return f"{self.model.name}-{self.label}-{self.ratio}-{self.seed if self.compresses else 0}-{task.name}.json"
 
 
 def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | None, **more: Any) -> None:
@@ -76,15 +76,15 @@ def filled(tmp_path: Path) -> Sweep:
 
 def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:
     table = report.scores(report.frame(filled(tmp_path)))
-    assert table.loc[("uncompressed", "0"), "sums acc (n=300)"] == "90.0 ± 2.0"
-    assert table.loc[("REAP", "0.25"), "sums acc (n=300)"] == "85.0 ± 2.0 (-5.0)"
-    assert table.loc[("REAP", "0.25"), "facts acc (n=300)"] == "81.0 ± 2.0 (+1.0)"
+    assert table.loc[("toy", "uncompressed", "0"), "sums acc (n=300)"] == "90.0 ± 2.0"
+    assert table.loc[("toy", "REAP", "0.25"), "sums acc (n=300)"] == "85.0 ± 2.0 (-5.0)"
+    assert table.loc[("toy", "REAP", "0.25"), "facts acc (n=300)"] == "81.0 ± 2.0 (+1.0)"
 
 
 def test_failed_and_absent_cells_are_shown_as_such(tmp_path: Path) -> None:
     sweep = filled(tmp_path)
     table = report.scores(report.frame(sweep))
-    assert table.loc[("EAN", "0.25")].tolist() == [report.FAILED, report.NOT_RUN]
+    assert table.loc[("toy", "EAN", "0.25")].tolist() == [report.FAILED, report.NOT_RUN]
     assert report.failures(report.frame(sweep)) == ["✗ EAN ratio=0.25 sums: StageError: the server died"]
 
 
@@ -107,10 +107,38 @@ def test_the_uncompressed_model_appears_once_however_the_grid_repeats_it(tmp_pat
     assert len(report.frame(sweep)) == 1
 
 
+def test_every_model_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    task = (FakeTask("sums"),)
+    rows = (("uncompressed", 0.0), ("REAP", 0.25))
+    cells = [FakeCell(label, ratio, 0, task, FakeModel(name)) for name in "ab" for label, ratio in rows]
+    sweep = sweep_of(tmp_path, cells)
+    for cell, value in zip(cells, (0.9, 0.8, 0.5, 0.2), strict=True):
+        write_record(sweep.store, cell, task[0], value)
+    assert report.scores(report.frame(sweep)).iloc[:, 0].to_dict() == {
+        ("a", "uncompressed", "0"): "90.0 ± 2.0",
+        ("a", "REAP", "0.25"): "80.0 ± 2.0 (-10.0)",
+        ("b", "uncompressed", "0"): "50.0 ± 2.0",
+        ("b", "REAP", "0.25"): "20.0 ± 2.0 (-30.0)",
+    }
+
+
+def test_the_plot_draws_a_point_only_when_all_its_seeds_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [FakeCell("REAP", ratio, seed, (FakeTask("sums"),)) for ratio in (0.25, 0.5) for seed in range(2)]
+    sweep = sweep_of(tmp_path, cells)
+    for cell, value in zip(cells, (0.5, None, 0.6, 0.7), strict=True):
+        write_record(sweep.store, cell, cell.tasks[0], value)
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda axes, rows, labels: drawn.append(rows))
+    plot.plot(report.frame(sweep), "png", tmp_path / "plot.png")
+    assert [set(rows["ratio"]) for rows in drawn] == [{0.5}]
+
+
 def test_nothing_run_at_all_is_a_table_of_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(tmp_path, [FakeCell("REAP", 0.25)])
     assert report.show(sweep) == 0
-    assert "| REAP | 0.25 | —" in re.sub(r" +", " ", capsys.readouterr().out)
+    assert "| toy | REAP | 0.25 | —" in re.sub(r" +", " ", capsys.readouterr().out)
 
 
 def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +163,7 @@ def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_costs_name_what_a_size_counts(tmp_path: Path) -> None:
-    row = report.costs(report.frame(filled(tmp_path))).loc[("REAP", "0.25")]
+    row = report.costs(report.frame(filled(tmp_path))).loc[("toy", "REAP", "0.25")]
     assert row["experts written per layer"] == "6"
     assert row["MB before"] == "8.00" and row["MB written"] == "6.00"
     assert row["score s"] == "2.5", "summed over the two tasks"

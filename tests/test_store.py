@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.store import Store, key
+from harness.store import Store, key, remove
 
 
 def test_is_made_once(tmp_path: Path) -> None:
@@ -81,6 +81,17 @@ def test_killed_in_the_middle_it_is_simply_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "stats" / "one").exists(), "what was half-written is not there to be read"
     _make_slowly(tmp_path)
     assert (tmp_path / "stats" / "one").read_text() == "whole"
+
+
+def test_half_of_a_deleted_folder_is_never_found_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints" / "x"
+    folder.mkdir(parents=True)
+    (folder / "shard").write_text("weights")
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)  # killed before it deletes anything
+    remove(folder)
+    assert not folder.exists()
 
 
 def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
