@@ -110,7 +110,7 @@ def balance_loss(router_logits: Sequence[Tensor], experts_per_token: int) -> Ten
 
 
 def drop_experts(model: Qwen3MoeForCausalLM, recipe: Recipe, step: int, process: int) -> list[RemovableHandle]:
-    """For this update, hide a random eighth or quarter of the experts from each layer's router, in `expert_dropout` of all
+    """For this update, hide a random eighth or quarter of each layer's experts from its router, in `expert_dropout` of all
     updates: what a hidden expert did, others must learn to do too. Large models have such redundancy; one this small
     has none unless it is trained in, and would break at the first expert removed.
     """
