@@ -59,11 +59,12 @@ class LmEval:
         identity: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": self.limit}
         if self.task is not None:
             return {**identity, "task": self.task}
-        # The resolved file (with what it includes), the functions it may name, and the data.
+        # The file with what it includes, the functions it names, and the data; where they lie does not matter.
+        folder = self._path.parent
         config = json.dumps(self._config(), sort_keys=True, default=str)
-        files = [*sorted(self._path.parent.glob("*.py")), *self._data_files()]
-        hashes = [[os.path.relpath(path, self._path.parent), _sha256(path.read_bytes())] for path in files]
-        return {**identity, "config": _sha256(config.encode()), "files": hashes}
+        files = [*_function_files(self._config()), *self._data_files()]
+        hashes = [[os.path.relpath(path, folder), _sha256(path.read_bytes())] for path in files]
+        return {**identity, "config": _sha256(config.replace(f"{folder}/", "").encode()), "files": hashes}
 
     def score(self, llm: LLM, workdir: Path) -> Score:
         """Run the task. Raises StageError if a request fails for good, an item is lost or a number is not finite."""
@@ -156,6 +157,16 @@ class LmEval:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _function_files(config: Any) -> list[Path]:
+    """Python files of the functions that a task names (``!function module.name`` is read as folder/module.name)."""
+    if isinstance(config, Mapping | list):
+        parts = config.values() if isinstance(config, Mapping) else config
+        return sorted({path for part in parts for path in _function_files(part)})
+    if isinstance(config, str) and (path := Path(config.rpartition(".")[0] + ".py")).is_absolute() and path.is_file():
+        return [path]
+    return []
 
 
 def _as_list(files: str | Sequence[str]) -> list[str]:

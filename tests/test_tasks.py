@@ -166,7 +166,10 @@ def test_identity_follows_the_content(tmp_path: Path):
     (tmp_path / "moved").mkdir()
     assert write_task(tmp_path / "moved", "choice", CHOICE, QUESTIONS).identity() == before
     assert write_task(tmp_path, "choice", CHOICE, QUESTIONS[:-1]).identity() != before
-    assert write_task(tmp_path, "choice", CHOICE + "\n", QUESTIONS).identity() != before
+    assert (
+        write_task(tmp_path, "choice", CHOICE.replace("num_fewshot: 0", "num_fewshot: 1"), QUESTIONS).identity()
+        != before
+    )
     assert LmEval("choice", task.task_file, limit=3).identity() != task.identity()
 
 
@@ -211,6 +214,29 @@ def test_a_server_that_allows_few_stop_sequences_gives_the_same_completions(llm:
     few = complete(replace(llm, max_stops=4), prompts, **settings)
     assert few == complete(llm, prompts, **settings)
     assert "stop" in {done.finish_reason for done in few}, "some sequence occurs, or this shows nothing"
+
+
+def test_identity_is_what_determines_the_score_and_not_where_it_lies(tmp_path: Path):
+    def write(folder: Path, **changes: str) -> LmEval:
+        texts = {
+            "base.yaml": "output_type: multiple_choice\ndataset_path: json\n",
+            "task.yaml": "include: base.yaml\ntask: t\ndoc_to_text: !function code.text\n"
+            "dataset_kwargs: {data_files: {test: [a/d.jsonl, b/d.jsonl]}}\n",
+            "code.py": "def text(doc): return doc['q']\n",
+            "a/d.jsonl": "{}\n",
+            "b/d.jsonl": "{}\n",
+            "unrelated.py": "",
+        }
+        for name, text in {**texts, **changes}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return LmEval("t", str(folder / "task.yaml"))
+
+    plain = write(tmp_path / "0").identity()
+    assert write(tmp_path / "1", **{"unrelated.py": "x = 1"}).identity() == plain
+    for number, name in enumerate(("base.yaml", "code.py", "a/d.jsonl", "b/d.jsonl"), 2):
+        changed = {name: '{"q": 1}\n' if name.endswith("jsonl") else "output_type: x\n" if "yaml" in name else "#"}
+        assert write(tmp_path / str(number), **changed).identity() != plain, name
 
 
 def test_a_refused_completion_fails_with_the_servers_words(llm: LLM):

@@ -110,9 +110,10 @@ def balance_loss(router_logits: Sequence[Tensor], experts_per_token: int) -> Ten
 
 
 def drop_experts(model: Qwen3MoeForCausalLM, recipe: Recipe, step: int, process: int) -> list[RemovableHandle]:
-    """For this update, hide a random eighth or quarter of each layer's experts from its router, in `expert_dropout` of all
-    updates: what a hidden expert did, others must learn to do too. Large models have such redundancy; one this small
-    has none unless it is trained in, and would break at the first expert removed.
+    """Hide a random eighth or quarter of each layer's experts from its router, in `expert_dropout` of all updates.
+
+    What a hidden expert did, others must learn to do too. Large models have such redundancy; one this small has none
+    unless it is trained in, and would break at the first expert removed. Returns the hooks to take off again.
     """
     rng = Random(f"experts/{recipe.seed}/{step}/{process}")
     if rng.random() >= recipe.expert_dropout:
