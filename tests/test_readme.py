@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import readme
 from harness.models import ROOT
+from harness.spec import expand
 
 README = (ROOT / "README.md").read_text()
 
@@ -22,6 +24,13 @@ def shown_files() -> dict[str, str]:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) < 200
+
+
+def test_it_shows_the_finished_table_of_the_demo() -> None:
+    table = README.split(readme.BEGIN)[1].split(readme.END)[0]
+    for cell in expand(["sweep=demo"]).cells:
+        assert re.search(rf"\| {cell.label} +\| {cell.ratio:.4g} +\| \d", table), cell.slug
+    assert "✗" not in table.split("\n\n")[0] and "—" not in table.split("\n\n")[0]
 
 
 def test_every_file_it_links_to_exists() -> None:
