@@ -27,7 +27,7 @@ def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     for name, cell in unread.items():
         if not sweep.store.path("tokens", name).exists():
             cell.calibration.tokens(cell.model)  # refuses too little text
-    multirun = ["-m"] if len(sweep.cells) > 1 and "-m" not in arguments else []
+    multirun = ["-m"] if sweep.is_grid and not {"-m", "--multirun"} & set(arguments) else []
     return sweep, [*multirun, *arguments, f"collect=[{','.join(sweep.extras)}]"]
 
 

@@ -224,6 +224,7 @@ class Sweep:
     name: str
     cells: tuple[Cell, ...]
     store: Store
+    is_grid: bool = True  # whether a setting has several values, which Hydra must be told
 
     @property
     def extras(self) -> list[str]:
@@ -248,7 +249,8 @@ def expand(overrides: Sequence[str]) -> Sweep:
     name = first.hydra.runtime.choices.get("sweep") or "run"
     cells = tuple(cell_of(config) for config in configs)
     _check_rows(cells)
-    return Sweep(name, cells, Store(Path(configs[0].store)))
+    is_grid = any(override.is_sweep_override() for override in parsed)
+    return Sweep(name, cells, Store(Path(configs[0].store)), is_grid)
 
 
 def _check_rows(cells: Sequence[Cell]) -> None:

@@ -140,7 +140,14 @@ def test_a_running_server_is_used_and_left_alone(llm: LLM, folder: Path, tmp_pat
     with running.serve(folder, "ignored", tmp_path / "log") as served:
         assert served == replace(llm, max_stops=4), "we know nothing of its limits but the API's"
     assert is_open(llm.url)
-    assert running.identity() == {"engine": "external server", "url": llm.url, "model": "tiny"}
+    expected = {"engine": "external server", "url": llm.url, "model": "tiny", "tokenizer": None}
+    assert running.identity() == expected
+
+
+def test_a_running_server_with_another_tokenizer_is_refused(llm: LLM, tmp_path: Path):
+    other = Server(llm.url, "tiny", str(ROOT / "tasks" / "tiny" / "model"))
+    with pytest.raises(StageError, match="another tokenizer"), other.serve(tmp_path, "ignored", tmp_path / "log"):
+        pass
 
 
 @pytest.mark.parametrize(
