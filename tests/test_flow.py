@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,9 +86,10 @@ def test_the_same_command_again_is_cached_and_prints_the_same(
 
 
 def test_a_new_method_uses_the_statistics_that_are_there(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    store, _ = finished
+    store = tmp_path / "store"
+    shutil.copytree(finished[0], store)
     done = bench(store, "method=ean")
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
