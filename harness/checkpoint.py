@@ -25,7 +25,8 @@ class Size:
     """What a plan leaves of a model. Three different numbers, because merged experts are copied in a stock checkpoint:
 
     experts: written per layer in the checkpoint (one per router row). distinct: different experts per layer, mean
-    over layers. parameters, bytes: of the checkpoint as written. distinct_bytes: were each distinct expert stored once.
+    over layers; both 0 for a dense model. parameters, bytes: of the checkpoint as written. distinct_bytes: were each
+    distinct expert stored once.
     """
 
     experts: int
@@ -49,12 +50,12 @@ def measure(model: Model, plan: Plan) -> Size:
         written += round(tensor.nbytes * share)
         distinct += round(tensor.nbytes * distinct_share)
     slots = list(plan.distinct_experts().values())
-    return Size(written_experts(plan), sum(slots) / len(slots), parameters, written, distinct)
+    return Size(written_experts(plan), sum(slots) / max(1, len(slots)), parameters, written, distinct)
 
 
 def written_experts(plan: Plan) -> int:
-    """The one expert count of a stock checkpoint. Raises UserError if layers differ."""
-    counts = set(plan.written_experts().values())
+    """The one expert count of a stock checkpoint, 0 for a dense model. Raises UserError if layers differ."""
+    counts = set(plan.written_experts().values()) or {0}
     if len(counts) != 1:
         raise UserError(
             f"The plan leaves between {min(counts)} and {max(counts)} router rows per layer, and a stock checkpoint "

@@ -88,12 +88,13 @@ class Model:
     """A model as ``conf/model/*.yaml`` names it.
 
     name: label in tables. path: a folder (absolute, or relative to the project), or a repository name on the Hugging
-    Face hub, fetched at ``revision`` when first used.
+    Face hub, fetched at ``revision`` when first used. build: the command that makes the folder.
     """
 
     name: str
     path: str
     revision: str | None = None
+    build: str | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -104,6 +105,8 @@ class Model:
         return self._fetch()
 
     def _fetch(self) -> Path:
+        if self.build is not None:
+            raise UserError(f"model {self.name!r} is not built yet: {self.path} is missing. Make it with: {self.build}")
         if self.path.startswith((".", "/")) or self.path.count("/") != 1:
             raise UserError(
                 f"model {self.name!r}: there is no folder {self.path!r}. "
@@ -139,12 +142,9 @@ class Model:
 
     @cached_property
     def experts(self) -> dict[int, int]:
-        """Routed experts of each MoE layer, by layer index. Raises UserError for a dense model."""
+        """Routed experts of each MoE layer, by layer index; none for a dense model."""
         if not any(alias in self.config for alias in EXPERT_COUNT):
-            raise UserError(
-                f"model {self.name!r} is dense: its config.json has none of {', '.join(EXPERT_COUNT)}. "
-                "There are no experts to compress."
-            )
+            return {}
         experts = experts_on_disk(self.tensors, self.expert_count)
         if not experts:
             raise UserError(f"model {self.name!r}: {self.folder} holds no experts, though config.json promises some.")
@@ -163,8 +163,8 @@ class Model:
 
     @property
     def top_k(self) -> int:
-        """Experts each token is routed to."""
-        return self._number(TOP_K)
+        """Experts each token is routed to; 0 in a dense model."""
+        return self._number(TOP_K) if self.experts else 0
 
     def _number(self, aliases: tuple[str, ...]) -> int:
         values = {self.config[alias] for alias in aliases if isinstance(self.config.get(alias), int)}
@@ -182,6 +182,14 @@ class Model:
     @property
     def parameters(self) -> int:
         return sum(tensor.elements for tensor in self.tensors.values())
+
+    def check_compressible(self) -> None:
+        """Raise UserError for a dense model."""
+        if not self.experts:
+            raise UserError(
+                f"model {self.name!r} is dense: its config.json has none of {', '.join(EXPERT_COUNT)}. "
+                "There are no experts to compress; it can only be scored as it is, with method=none."
+            )
 
     def check_tokenizer(self) -> None:
         """Raise UserError if the folder has no tokenizer: transformers would make an empty one up."""

@@ -120,6 +120,7 @@ class Cell:
                 "or serve the compressed checkpoint yourself and score it there with method=none."
             )
         if self.compresses:
+            self.model.check_compressible()
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
         unknown = (self.method.needs | self.collect) - set(ROUTED) - set(EXTRAS)
         if unknown:

@@ -6,6 +6,7 @@ sequences for base models, and judged by EvalPlus's sanitiser and checker in a s
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from tasks.evalplus_judge import SANDBOX
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = Path(__file__).with_name("evalplus_judge.py")
+RELEASES = {"humaneval": ("HumanEvalPlus.jsonl.gz", 164), "mbpp": ("MbppPlus.jsonl.gz", 378)}  # file, problems
 FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol", "contract")
 
 
@@ -37,13 +40,15 @@ class EvalPlus:
     """pass@1 of greedy completions on a problem file in EvalPlus's schema (JSON lines, possibly gzipped).
 
     dataset: ``humaneval`` or ``mbpp``, whose stop sequences and special oracles EvalPlus applies.
-    problems: absolute, or relative to the project. limit: only the first problems. max_tokens: of a completion.
+    problems: a file, absolute or relative to the project; left out, the dataset itself: as EvalPlus released it, or
+    its copy in ``data_dir``/evalplus. limit: only the first problems. max_tokens: of a completion.
     memory_gib: address space of a judged program (EvalPlus's own limit is 4).
     """
 
     name: str
     dataset: str
-    problems: str
+    problems: str | None = None
+    data_dir: str | None = None
     limit: int | None = None
     max_tokens: int = 768
     concurrency: int = 32
@@ -59,10 +64,11 @@ class EvalPlus:
             raise UserError(f"{self.name}: dataset={self.dataset} is neither humaneval nor mbpp.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"{self.name}: limit={self.limit} leaves no problems. Leave it out for all.")
-        for problem in self._problems():
+        problems = self._problems()
+        for problem in problems:
             if missing := [field for field in FIELDS if field not in problem]:
                 raise UserError(f"{self.name}: a problem in {self._path} has no {', '.join(missing)}.")
-        ids = [problem["task_id"] for problem in self._problems()]
+        ids = [problem["task_id"] for problem in problems]
         if not ids or len(set(ids)) < len(ids):
             raise UserError(f"{self.name}: {self._path} must hold problems, each with a task_id of its own.")
         check_sandbox(self.name)
@@ -102,9 +108,13 @@ class EvalPlus:
         ]
         return Score(_metrics(samples), samples, _counts(samples))
 
-    @property
+    @cached_property
     def _path(self) -> Path:
-        return ROOT / self.problems
+        if self.problems is not None:
+            return ROOT / self.problems
+        if self.data_dir is not None:
+            return ROOT / self.data_dir / "evalplus" / RELEASES[self.dataset][0]
+        return _released(self.name, self.dataset)
 
     def _problems(self) -> list[dict[str, Any]]:
         """In the order of the file. Raises UserError."""
@@ -114,7 +124,24 @@ class EvalPlus:
                 problems = [json.loads(line) for line in file if line.strip()]
         except (OSError, ValueError) as error:
             raise UserError(f"{self.name}: cannot read the problem file {self._path}: {error}") from error
+        if self.problems is None and len(problems) != (whole := RELEASES[self.dataset][1]):
+            raise UserError(f"{self.name}: {self._path} holds {len(problems)} of {whole} problems. Fetch it again.")
         return problems[: self.limit]
+
+
+def _released(name: str, dataset: str) -> Path:
+    """The dataset as EvalPlus released it, in EvalPlus's own cache. Raises UserError where it cannot be had."""
+    from evalplus.data import humaneval, mbpp
+
+    fetch = {"humaneval": humaneval._ready_human_eval_plus_path, "mbpp": mbpp._ready_mbpp_plus_path}[dataset]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return Path(fetch())
+    except OSError as error:
+        raise UserError(
+            f"{name}: EvalPlus's release could not be fetched ({error}). Set data_dir to a folder that holds "
+            f"evalplus/{RELEASES[dataset][0]}, or check the network."
+        ) from error
 
 
 def judge(

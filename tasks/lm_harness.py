@@ -6,37 +6,44 @@ computes metrics. We guard what it lets through: not-a-number log-likelihoods, w
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from harness.errors import StageError, UserError
 from tasks import LLM, Metric, Score
+from tasks.lm_task import ROOT, TaskFile, task_paths
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED = 1234
 
 
 @dataclass(frozen=True)
 class LmEval:
-    """One lm-eval task: a local YAML file (``task_file``) or the name of one that lm-eval ships (``task``).
+    """One benchmark of lm-eval.
 
-    task_file: absolute, or relative to the project. Its ``data_files`` are relative to its own folder.
-    limit: score only the first items. num_concurrent: requests in flight. batch_size: prompts per request.
+    task_file: a YAML file of ours (absolute, or relative to the project; its ``data_files`` are relative to its own
+    folder), or one that lm-eval ships, as ``lm_eval:arc/arc_easy.yaml``. A pattern with ``*`` names several subtasks
+    (MMLU), scored together: the mean over all their items.
+    metrics: those to report; all if left out. num_fewshot: worked examples, instead of the file's number.
+    data_dir: local copies instead of the hub's data, ``lm_eval/<copy>/<split>.jsonl``; ``copy`` may hold
+    ``{dataset_name}``. limit: score only the first items (of each subtask).
+    num_concurrent: requests in flight. batch_size: prompts per request.
     """
 
     name: str
-    task_file: str | None = None
-    task: str | None = None
+    task_file: str
+    metrics: tuple[str, ...] | None = None
+    num_fewshot: int | None = None
+    data_dir: str | None = None
+    copy: str | None = None
     limit: int | None = None
     num_concurrent: int = 8
     batch_size: int = 8
@@ -46,40 +53,38 @@ class LmEval:
         """Raise UserError if lm-eval, the task file or its data is missing, or the file cannot be read."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(f"{self.name}: lm-eval is not installed (pip install lm-eval[api]).")
-        if (self.task_file is None) == (self.task is None):
-            raise UserError(f"{self.name}: give either task_file (a local YAML file) or task (a name lm-eval knows).")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"{self.name}: limit={self.limit} leaves no items. Leave it out to score all.")
-        for path in self._data_files():
-            if not path.is_file():
-                raise UserError(f"{self.name}: {self._path} names the data file {path}, which does not exist.")
+        for file in self._files:
+            file.check()
 
     def identity(self) -> dict[str, Any]:
-        """lm-eval's version, the task file and its data by content, and the number of items."""
-        identity: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "limit": self.limit}
-        if self.task is not None:
-            return {**identity, "task": self.task}
-        # The file with what it includes, the functions it names, and the data; where they lie does not matter.
-        folder = self._path.parent
-        config = json.dumps(self._config(), sort_keys=True, default=str)
-        files = [*_function_files(self._config()), *self._data_files()]
-        hashes = [[os.path.relpath(path, folder), _sha256(path.read_bytes())] for path in files]
-        return {**identity, "config": _sha256(config.replace(f"{folder}/", "").encode()), "files": hashes}
+        """lm-eval's version, the task files and their local data by content, and the number of items."""
+        return {
+            "lm_eval": importlib.metadata.version("lm_eval"),
+            "limit": self.limit,
+            "metrics": self.metrics,
+            "tasks": [file.identity() for file in self._files],
+        }
 
     def score(self, llm: LLM, workdir: Path) -> Score:
         """Run the task. Raises StageError if a request fails for good, an item is lost or a number is not finite."""
-        if self.task_file is not None:
+        if all(file.data_files for file in self._files):
             for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
                 os.environ.setdefault(variable, "1")
-        from lm_eval import simple_evaluate
-
         client = _client(llm, self.num_concurrent, self.batch_size, self.timeout_s)
-        task, manager = self._loaded(workdir)
+        return self.evaluate(client, workdir)
+
+    def evaluate(self, model: Any, workdir: Path) -> Score:
+        """Score a model given as an object of lm-eval, served or not: the same items, prompts, filters and metrics."""
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
         try:
             found = simple_evaluate(
-                model=client,
-                tasks=[task],
-                task_manager=manager,
+                model=model,
+                tasks=[file.loaded(workdir / "datasets") for file in self._files],
+                task_manager=TaskManager(include_defaults=False),
                 limit=self.limit,
                 log_samples=True,
                 random_seed=0,
@@ -89,94 +94,43 @@ class LmEval:
             )
         except Exception as error:
             raise StageError(f"{self.name}: lm-eval failed: {type(error).__name__}: {error}") from error
-        return self._checked(found, client.capped)
+        return self._checked(found, getattr(model, "capped", 0))
 
-    @property
-    def _path(self) -> Path:
-        assert self.task_file is not None
-        return ROOT / self.task_file
-
-    def _config(self) -> dict[str, Any]:
-        """The YAML file, ``include`` followed; functions it names stay names. Raises UserError."""
-        from lm_eval.tasks._yaml_loader import load_yaml
-
-        try:
-            config = load_yaml(self._path, resolve_func=False)
-        except Exception as error:  # the YAML library has many
-            raise UserError(f"{self.name}: cannot read the task file {self._path}: {error}") from error
-        if not isinstance(config.get("task"), str):
-            raise UserError(f"{self.name}: {self._path} has no line 'task: name'.")
-        return config
-
-    def _data_files(self) -> list[Path]:
-        if self.task_file is None:
-            return []
-        given = (self._config().get("dataset_kwargs") or {}).get("data_files") or {}
-        splits = given.values() if isinstance(given, Mapping) else [given]
-        return [self._path.parent / file for split in splits for file in _as_list(split)]
-
-    def _loaded(self, workdir: Path) -> tuple[Any, Any]:
-        """What lm-eval takes as a task, and its task manager."""
-        from lm_eval.tasks import TaskManager
-        from lm_eval.tasks._yaml_loader import load_yaml
-
-        if self.task_file is None:
-            return self.task, TaskManager()
-        config = load_yaml(self._path)
-        options = dict(config.get("dataset_kwargs") or {})
-        if "data_files" in options:
-            options["data_files"] = _absolute(options["data_files"], self._path.parent)
-        options["cache_dir"] = str(workdir / "datasets")  # a shared one would outlive an edited data file
-        return {**config, "dataset_kwargs": options}, TaskManager(include_defaults=False)
+    @cached_property
+    def _files(self) -> list[TaskFile]:
+        data_dir = None if self.data_dir is None else (ROOT / self.data_dir).resolve()
+        return [
+            TaskFile(self.name, path, self.num_fewshot, data_dir, self.copy or self.name)
+            for path in task_paths(self.name, self.task_file)
+        ]
 
     def _checked(self, found: Any, capped: int) -> Score:
-        (samples,) = found["samples"].values()
-        (results,) = found["results"].values()
-        (number,) = found["n-samples"].values()
-        (higher,) = found["higher_is_better"].values()
+        for file in self._files:
+            self._check_complete(file, found)
+        samples = [{**sample, "task": task} for task, rows in found["samples"].items() for sample in rows]
+        _check_finite(self.name, samples)
         by_filter = defaultdict(list)
         for sample in samples:
             by_filter[sample["filter"]].append(sample)
-        for kind, rows in by_filter.items():
-            ids = {row["doc_id"] for row in rows}
-            if not len(ids) == len(rows) == number["effective"] == self._expected(number["original"]):
-                raise StageError(
-                    f"{self.name}: {len(ids)} items scored ({kind}), {self._expected(number['original'])} expected."
-                )
-        _check_finite(self.name, samples)
-        metrics = _metrics(results, by_filter, higher)
+        metrics = _metrics(found, by_filter)
+        if self.metrics is not None:
+            if missing := set(self.metrics) - set(metrics):
+                raise StageError(f"{self.name} gave no {', '.join(sorted(missing))}, only {', '.join(metrics)}.")
+            metrics = {name: metrics[name] for name in self.metrics}
         return Score(metrics, [_row(sample) for sample in samples], _counts(by_filter, capped))
 
-    def _expected(self, original: int) -> int:
-        """Items to score: all rows of the data files where we can count them, else what lm-eval says."""
-        files = self._data_files()
-        if len(files) == 1 and files[0].suffix == ".jsonl" and "process_docs" not in self._config():
-            original = sum(1 for line in files[0].read_text().split("\n") if line.strip())
-        return min(original, self.limit or original)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _function_files(config: Any) -> list[Path]:
-    """Python files of the functions that a task names (``!function module.name`` is read as folder/module.name)."""
-    if isinstance(config, Mapping | list):
-        parts = config.values() if isinstance(config, Mapping) else config
-        return sorted({path for part in parts for path in _function_files(part)})
-    if isinstance(config, str) and (path := Path(config.rpartition(".")[0] + ".py")).is_absolute() and path.is_file():
-        return [path]
-    return []
-
-
-def _as_list(files: str | Sequence[str]) -> list[str]:
-    return [files] if isinstance(files, str) else list(files)
-
-
-def _absolute(files: Any, folder: Path) -> Any:
-    if isinstance(files, Mapping):
-        return {split: _absolute(names, folder) for split, names in files.items()}
-    return [str(folder / name) for name in _as_list(files)]
+    def _check_complete(self, file: TaskFile, found: Any) -> None:
+        """Raise StageError unless every item was scored, once by each filter."""
+        task = file.config["task"]
+        number = found["n-samples"][task]
+        expected = file.count(number["original"])
+        expected = min(expected, self.limit or expected)
+        by_filter = defaultdict(list)
+        for sample in found["samples"][task]:
+            by_filter[sample["filter"]].append(sample["doc_id"])
+        for kind, ids in by_filter.items():
+            if not len(set(ids)) == len(ids) == number["effective"] == expected:
+                raise StageError(f"{self.name}: {len(set(ids))} items of {task} scored ({kind}), {expected} expected.")
 
 
 def _client(llm: LLM, num_concurrent: int, batch_size: int, timeout_s: int) -> Any:
@@ -226,21 +180,26 @@ def _numbers(value: Any) -> Iterable[float]:
             yield from _numbers(part)
 
 
-def _metrics(
-    results: Mapping[str, Any], by_filter: Mapping[str, Sequence[Mapping[str, Any]]], higher: Mapping[str, bool]
-) -> dict[str, Metric]:
-    """lm-eval's ``metric,filter`` as ``metric``; as ``metric:filter`` where several filters give one metric."""
-    keys = [key for key in results if "," in key and "_stderr," not in key]
+def _metrics(found: Any, by_filter: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Metric]:
+    """lm-eval's ``metric,filter`` as ``metric``; as ``metric:filter`` where several filters give one metric.
+
+    Over several subtasks: the mean weighted by their numbers of items, as lm-eval's groups define it.
+    """
+    results = found["results"]
+    sizes = {task: number["effective"] for task, number in found["n-samples"].items()}
+    first = next(iter(sizes))
+    keys = [key for key in results[first] if "," in key and "_stderr," not in key]
     several = Counter(key.split(",")[0] for key in keys)
     metrics = {}
     for key in keys:
         metric, kind = key.split(",")
         rows = by_filter[kind]
-        error = results.get(f"{metric}_stderr,{kind}")
+        error = results[first].get(f"{metric}_stderr,{kind}") if len(sizes) == 1 else None
         if not isinstance(error, float) or not math.isfinite(error):
             error = _standard_error([row[metric] for row in rows])
         name = metric if several[metric] == 1 else f"{metric}:{kind}"
-        metrics[name] = Metric(float(results[key]), error, len(rows), bool(higher.get(metric, True)))
+        value = sum(results[task][key] * size for task, size in sizes.items()) / sum(sizes.values())
+        metrics[name] = Metric(float(value), error, len(rows), bool(found["higher_is_better"][first].get(metric, True)))
     return metrics
 
 
@@ -258,6 +217,7 @@ def _counts(by_filter: Mapping[str, Sequence[Mapping[str, Any]]], capped: int) -
 def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
     """One item in JSON values: what was asked, what came back, what it was worth."""
     return {
+        "task": sample["task"],
         "doc_id": sample["doc_id"],
         "filter": sample["filter"],
         "prompt_hash": sample["prompt_hash"],

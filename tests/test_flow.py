@@ -17,7 +17,7 @@ import pytest
 
 from harness.models import ROOT
 
-SWEEP = ["method=none,reap,hc_smoe", "ratio=0.5", "suite.limit=6", "calibration.sequences=8"]
+SWEEP = ["method=none,reap,hc_smoe", "ratio=0.5", "limit=6", "calibration.sequences=8"]
 TIMES = [f"seconds_{stage}" for stage in ("calibrate", "plan", "export", "serve", "score")]
 
 
