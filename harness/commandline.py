@@ -18,8 +18,7 @@ from harness.spec import Sweep, expand
 def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     """The sweep these arguments ask for, every cell of it checked, and the arguments Hydra needs to run it."""
     sweep = expand(arguments)
-    for cell in sweep.cells:
-        cell.check()
+    sweep.check()
     waiting = [c for c in sweep.cells if not all(stages.is_done(c, task, sweep.store) for task in c.tasks)]
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
         serve.check(nbytes)

@@ -15,8 +15,10 @@ from matplotlib.axes import Axes
 def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     """One panel per model, task and metric from the tidy frame of `harness.report.frame`, written as ``suffix``.
 
-    A point stands for all its seeds or is not drawn.
+    A line is a method (on one calibration set, where there are several). A point stands for all its seeds or is not
+    drawn.
     """
+    tidy = tidy.assign(label=_lines(tidy))
     finished = tidy["status"] == "done"
     done = tidy[finished.groupby([tidy[name] for name in ("model", "label", "ratio", "task")]).transform("all")]
     panels = list(done[["model", "task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
@@ -34,6 +36,13 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     figure.savefig(path, format=suffix, dpi=150)
     plt.close(figure)
+
+
+def _lines(tidy: pd.DataFrame) -> pd.Series:
+    sets = tidy["calibration"]
+    if len(set(sets) - {"none"}) < 2:
+        return tidy["label"]
+    return tidy["label"].where(sets == "none", tidy["label"] + " on " + sets)
 
 
 def draw(axes: Axes, rows: pd.DataFrame, labels: list[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from harness.spec import Sweep, expand
 from harness.store import Store
 
 NOT_RUN, FAILED = "—", "✗"
-ROW = ["model", "method", "ratio"]
+CELL = ["model", "label", "calibration", "ratio", "seed"]
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -31,17 +31,16 @@ def frame(sweep: Sweep) -> pd.DataFrame:
     for cell in sweep.cells:
         for task in cell.tasks:
             found = sweep.store.read_json("records", cell.record_name(task))
-            seed = cell.seed if cell.compresses else None
             asked = {
                 "model": cell.model.name,
                 "label": cell.label,
+                "calibration": cell.calibration.name if cell.calibrates else "none",
                 "ratio": cell.ratio,
-                "seed": seed,
+                "seed": cell.seed if cell.compresses else None,
                 "task": task.name,
             }
             rows += _rows(asked, found)
-    tidy = pd.DataFrame(rows).drop_duplicates(["model", "label", "ratio", "seed", "task", "metric"])
-    return tidy.reset_index(drop=True)
+    return pd.DataFrame(rows).drop_duplicates([*CELL, "task", "metric"]).reset_index(drop=True)
 
 
 def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -52,7 +51,6 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
         **asked,
         "status": found["status"],
         "error": found["error"],
-        "calibration": found["calibration"],
         **{f"size_{name}": value for name, value in size.items()},
         **{f"original_{name}": value for name, value in original.items()},
         **{f"seconds_{name}": value for name, value in found.get("seconds", {}).items()},
@@ -74,19 +72,40 @@ def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def by_row(tidy: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """The table's rows, named by `row_names`, each with its part of the tidy frame: all seeds, tasks and metrics."""
+    several = "calibration" in row_names(tidy)
+    for (model, label, calibration, ratio), group in tidy.groupby(CELL[:-1], sort=False):
+        on = (str(calibration),) if several else ()
+        yield (str(model), str(label), *on, f"{ratio:.4g}"), group
+
+
+def row_names(tidy: pd.DataFrame) -> list[str]:
+    """What names a row; the calibration set only where there are several to tell apart."""
+    several = len(set(tidy["calibration"]) - {"none"}) > 1
+    return ["model", "method", *(["calibration"] if several else []), "ratio"]
+
+
 def scores(tidy: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and ratio, one column per task and metric: ``value ± standard error (difference)`` in points.
+    """One row per method, ratio and (if there are several) calibration set, one column per task and metric:
+    ``value ± standard error (difference)`` in points.
 
     With several seeds the value is their mean and ± their standard deviation. The difference is from the uncompressed
     model's value on the same task.
     """
     columns = [(task, metric) for task in tidy["task"].unique() for metric in _known_metrics(tidy, task)]
-    table: dict[tuple[str, str, str], dict[str, str]] = {}
-    for (model, label, ratio), group in tidy.groupby(["model", "label", "ratio"], sort=False):
-        name = (str(model), str(label), f"{ratio:.4g}")
-        table[name] = {_title(tidy, task, metric): _entry(tidy, group, task, metric) for task, metric in columns}
-    result = pd.DataFrame.from_dict(table, orient="index")
-    result.index = pd.MultiIndex.from_tuples(table, names=ROW)
+    return _table(
+        tidy,
+        {
+            name: {_title(tidy, task, metric): _entry(tidy, group, task, metric) for task, metric in columns}
+            for name, group in by_row(tidy)
+        },
+    )
+
+
+def _table(tidy: pd.DataFrame, rows: dict[tuple[str, ...], dict[str, str]]) -> pd.DataFrame:
+    result = pd.DataFrame.from_dict(rows, orient="index")
+    result.index = pd.MultiIndex.from_tuples(rows, names=row_names(tidy))
     return result
 
 
@@ -126,14 +145,12 @@ def _baseline(tidy: pd.DataFrame, task: str, metric: str) -> float | None:
 
 def costs(tidy: pd.DataFrame) -> pd.DataFrame:
     """What each row's model holds, and the seconds its stages took (of one seed; scoring summed over tasks)."""
-    table: dict[tuple[str, str, str], dict[str, str]] = {}
-    for (model, label, ratio), group in tidy.groupby(["model", "label", "ratio"], sort=False):
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, group in by_row(tidy):
         done = group[group["status"] == "done"]
         first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
-        table[str(model), str(label), f"{ratio:.4g}"] = _cost(first)
-    result = pd.DataFrame.from_dict(table, orient="index").fillna(NOT_RUN)
-    result.index = pd.MultiIndex.from_tuples(table, names=ROW)
-    return result
+        rows[name] = _cost(first)
+    return _table(tidy, rows).fillna(NOT_RUN)
 
 
 def _cost(rows: pd.DataFrame) -> dict[str, str]:
@@ -153,7 +170,7 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
 
 def footer(tidy: pd.DataFrame) -> str:
     done = tidy[tidy["status"] == "done"]
-    records = len(done.drop_duplicates(["model", "label", "ratio", "seed", "task"]))
+    records = len(done.drop_duplicates([*CELL, "task"]))
     scores_line = (
         "Scores in points ± standard error over the n items (± standard deviation where a row averages several seeds); "
         "in brackets the difference from the uncompressed model."
@@ -168,10 +185,10 @@ def footer(tidy: pd.DataFrame) -> str:
 
 def stage_times(tidy: pd.DataFrame) -> str:
     """Seconds of each stage over the whole sweep: calibration once per pass, serving once per plan."""
-    done = tidy[tidy["status"] == "done"].drop_duplicates(["model", "label", "ratio", "seed", "task"])
+    done = tidy[tidy["status"] == "done"].drop_duplicates([*CELL, "task"])
     if done.empty:
         return "No stage has run."
-    plans = done.drop_duplicates(["model", "label", "ratio", "seed"])
+    plans = done.drop_duplicates(CELL)
     seconds = {
         "calibrate": sum(plans["seconds_calibrate"].unique()),
         **{stage: plans[f"seconds_{stage}"].sum() for stage in ("plan", "export", "serve")},

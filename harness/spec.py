@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,9 @@ class Cell:
         return "-".join(parts).lower().replace("/", "_").replace(" ", "_")
 
     def check(self) -> None:
-        """Raise UserError, before any work, for everything that cannot work."""
+        """Raise UserError, before any work, for what cannot work of this model, method and ratio together."""
+        if self.compresses:
+            self.model.check_compressible()
         checkpoint.check_structure(self.model)
         self.model.check_tokenizer()
         if not self.tasks:
@@ -120,7 +123,6 @@ class Cell:
                 "or serve the compressed checkpoint yourself and score it there with method=none."
             )
         if self.compresses:
-            self.model.check_compressible()
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
         unknown = (self.method.needs | self.collect) - set(ROUTED) - set(EXTRAS)
         if unknown:
@@ -128,10 +130,6 @@ class Cell:
                 f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. "
                 f"There are {', '.join(ROUTED + EXTRAS)}."
             )
-        if self.calibrates:
-            self.calibration.check()
-        for task in self.tasks:
-            task.check()
 
 
 def method_identity(method: Method) -> dict[str, Any]:
@@ -157,13 +155,13 @@ def cell_of(config: DictConfig) -> Cell:
     seed = _whole_number(fields["seed"])
     built = _build("method", method)
     return Cell(
-        model=_model(tuple(sorted(fields["model"].items()))),
+        model=_shared("model", fields["model"]),
         calibration=_build("calibration", fields["calibration"]),
         method=built,
         label=label,
         ratio=0.0 if isinstance(built, NoCompression) else ratio,
         seed=seed,
-        tasks=tuple(_build("suite", task) for task in fields["suite"]["tasks"]),
+        tasks=tuple(_shared("suite", task) for task in fields["suite"]["tasks"]),
         serve=_build("serve", fields["serve"]),
         collect=frozenset(fields["collect"]),
         keep_checkpoints=_yes_or_no("keep_checkpoints", fields["keep_checkpoints"]),
@@ -182,10 +180,14 @@ def _whole_number(seed: object) -> int:
     return seed
 
 
+def _shared(group: str, fields: Mapping[str, Any]) -> Any:
+    """One object for all cells that ask for the same, so that its files are read and hashed once."""
+    return _built(group, json.dumps(fields, sort_keys=True))
+
+
 @functools.cache
-def _model(fields: tuple[tuple[str, Any], ...]) -> Model:
-    """One object for all cells of a model, so that it is read and hashed once."""
-    return _build("model", dict(fields))
+def _built(group: str, fields: str) -> Any:
+    return _build(group, json.loads(fields))
 
 
 def _build(group: str, fields: Mapping[str, Any]) -> Any:
@@ -232,6 +234,15 @@ class Sweep:
         """Extra statistics that some cell needs: gathered in the one pass that all share."""
         return sorted(frozenset().union(*(cell.extras for cell in self.cells)))
 
+    def check(self) -> None:
+        """Raise UserError, before any work, for everything that cannot work. What cells share is looked at once."""
+        for cell in self.cells:
+            cell.check()
+        for calibration in dict.fromkeys(cell.calibration for cell in self.cells if cell.calibrates):
+            calibration.check()
+        for task in dict.fromkeys(task for cell in self.cells for task in cell.tasks):
+            task.check()
+
 
 def expand(overrides: Sequence[str]) -> Sweep:
     """Compose every cell of the command line, as Hydra will, without running any. Raises UserError."""
@@ -255,16 +266,20 @@ def expand(overrides: Sequence[str]) -> Sweep:
 
 
 def _check_rows(cells: Sequence[Cell]) -> None:
-    """A table's rows are named by model, label, ratio and seed: cells that differ in more would be mixed up."""
+    """A table's rows are named by model, label, calibration, ratio and seed: cells that differ in more would be mixed
+    up.
+    """
     rows: dict[tuple, Cell] = {}
     for cell in cells:
         seed = cell.seed if cell.compresses else None
+        calibration = cell.calibration.name if cell.calibrates else None
         for task in cell.tasks:
-            row = (cell.model.name, cell.label, cell.ratio, seed, task.name)
+            row = (cell.model.name, cell.label, calibration, cell.ratio, seed, task.name)
             if rows.setdefault(row, cell).record_name(task) != cell.record_name(task):
                 raise UserError(
                     f"Two cells of this sweep would share the table row {', '.join(map(str, row))} though they differ. "
-                    "Sweep over method, ratio, seed, or models with names of their own; run anything else on its own."
+                    "Sweep over method, ratio, seed, or models and calibrations with names of their own; run anything "
+                    "else on its own."
                 )
 
 

@@ -26,6 +26,11 @@ class FakeModel:
 
 
 @dataclass(frozen=True)
+class FakeCalibration:
+    name: str = "tiny"
+
+
+@dataclass(frozen=True)
 class FakeCell:
     """Only what the report reads of a cell."""
 
@@ -34,20 +39,26 @@ class FakeCell:
     seed: int = 0
     tasks: tuple[FakeTask, ...] = (FakeTask("sums"), FakeTask("facts"))
     model: FakeModel = field(default_factory=FakeModel)
+    calibration: FakeCalibration = field(default_factory=FakeCalibration)
+
+    @property
+    def calibrates(self) -> bool:
+        return self.compresses and self.label != "random"
 
     @property
     def compresses(self) -> bool:
         return self.ratio > 0
 
     def record_name(self, task: FakeTask) -> str:
-        return f"{self.model.name}-{self.label}-{self.ratio}-{self.seed if self.compresses else 0}-{task.name}.json"
+        on = self.calibration.name if self.calibrates else ""
+        seed = self.seed if self.compresses else 0
+        return f"{self.model.name}-{self.label}-{on}-{self.ratio}-{seed}-{task.name}.json"
 
 
 def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | None, **more: Any) -> None:
     record = {
         "status": "failed" if value is None else "done",
         "error": "Traceback\nStageError: the server died" if value is None else None,
-        "calibration": "tiny",
         "original": {"parameters": 100, "bytes": 8_000_000},
         "size": {"experts": 6, "distinct": 6.0, "parameters": 75, "bytes": 6_000_000, "distinct_bytes": 6_000_000},
         "seconds": dict.fromkeys(report.STAGES, 1.25),
@@ -120,6 +131,25 @@ def test_every_model_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
         ("b", "uncompressed", "0"): "50.0 ± 2.0",
         ("b", "REAP", "0.25"): "20.0 ± 2.0 (-30.0)",
     }
+
+
+def test_a_sweep_over_calibration_sets_has_a_column_for_them(tmp_path: Path) -> None:
+    task = (FakeTask("sums"),)
+    sets = [FakeCalibration("code"), FakeCalibration("facts")]
+    cells = [FakeCell(label, 0.5, 0, task, calibration=on) for label in ("REAP", "random") for on in sets]
+    sweep = sweep_of(tmp_path, [FakeCell("uncompressed", 0.0, 0, task), *cells])
+    for cell, value in zip(sweep.cells, (0.9, 0.5, 0.2, 0.1, 0.1), strict=True):
+        write_record(sweep.store, cell, cell.tasks[0], value)  # type: ignore[arg-type]
+    table = report.scores(report.frame(sweep))
+    assert table.index.names == ["model", "method", "calibration", "ratio"]
+    assert table.iloc[:, 0].to_dict() == {
+        ("toy", "uncompressed", "none", "0"): "90.0 ± 2.0",
+        ("toy", "REAP", "code", "0.5"): "50.0 ± 2.0 (-40.0)",
+        ("toy", "REAP", "facts", "0.5"): "20.0 ± 2.0 (-70.0)",
+        ("toy", "random", "none", "0.5"): "10.0 ± 2.0 (-80.0)",
+    }
+    assert len(report.costs(report.frame(sweep))) == 4
+    assert set(plot._lines(report.frame(sweep))) == {"uncompressed", "REAP on code", "REAP on facts", "random"}
 
 
 def test_the_plot_draws_a_point_only_when_all_its_seeds_are_there(
