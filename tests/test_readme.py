@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import readme
+from harness.errors import UserError
 from harness.models import ROOT
 from harness.spec import expand
 
@@ -27,10 +28,24 @@ def test_the_readme_is_short() -> None:
 
 
 def test_it_shows_the_finished_table_of_the_demo() -> None:
-    table = README.split(readme.BEGIN)[1].split(readme.END)[0]
+    _, table, _ = readme.between_markers(README, ["README.md", "sweep=demo"])
     for cell in expand(["sweep=demo"]).cells:
         assert re.search(rf"\| {cell.label} +\| {cell.ratio:.4g} +\| \d", table), cell.slug
     assert "✗" not in table.split("\n\n")[0] and "—" not in table.split("\n\n")[0]
+
+
+def test_the_model_card_shows_the_finished_table_of_calibration_domains() -> None:
+    arguments = ["tasks/tiny/model/README.md", "sweep=domains"]
+    _, table, _ = readme.between_markers((ROOT / arguments[0]).read_text(), arguments)
+    for cell in expand(arguments[1:]).cells:
+        calibration = cell.calibration.name if cell.calibrates else "none"
+        assert re.search(rf"\| {cell.label} +\| {calibration} +\| {cell.ratio:.4g} +\| \d", table), cell.slug
+    assert "✗" not in table.split("\n\n")[0] and "—" not in table.split("\n\n")[0]
+
+
+def test_a_table_needs_its_markers() -> None:
+    with pytest.raises(UserError, match="no place for this table"):
+        readme.between_markers("text", ["README.md", "sweep=demo"])
 
 
 def test_every_file_it_links_to_exists() -> None:
@@ -67,7 +82,7 @@ def test_the_new_method_composes_into_a_cell(checkout: Path) -> None:
     code = (
         "from harness.spec import expand; import numpy as np\n"
         "from harness.stats import LayerStats\n"
-        "cell, = expand(['method=gate_mass', 'ratio=0.25']).cells; cell.check()\n"
+        "sweep = expand(['method=gate_mass', 'ratio=0.25']); sweep.check(); cell, = sweep.cells\n"
         "layer = LayerStats(3, 9, {'gate': np.array([1.0, 3, 2])})\n"
         "print(cell.label, cell.method.plan_layer(layer, 2).kept_rows)"
     )

@@ -1,13 +1,14 @@
 """The tiny world: its data files, its held-out problems, its task files, its training code and its checkpoint."""
 
 import json
+import math
 import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,12 +16,13 @@ from evalplus.evaluate import check_correctness
 from evalplus.gen.util import trusted_exec
 from transformers import AutoConfig, AutoTokenizer, Qwen3MoeForCausalLM
 
+from harness import usage
+from harness.spec import expand
 from tasks.tiny import build, train
 from tasks.tiny.evaluate import complete, facts_choices, facts_correct, final_answer, sums_correct, sums_prompt
 from tasks.tiny.experts import register
 from tasks.tiny.tokenizer import train_tokenizer
-from tasks.tiny.usage import shares
-from tasks.tiny.world import DOMAINS, MIX, code, facts, sums, training_document
+from tasks.tiny.world import DOMAINS, MIX, code, facts, recipes, records, sums, tongue, training_document
 
 TINY = Path(build.__file__).parent
 MODEL = TINY / "model"
@@ -31,7 +33,7 @@ SCANNED = 20_000
 def texts() -> list[str]:
     """A sample of the training text and all calibration text."""
     rng = Random("scan")
-    sampled = [training_document(rng) for _ in range(SCANNED)]
+    sampled = [training_document(rng)[1] for _ in range(SCANNED)]
     return sampled + [row["text"] for domain in DOMAINS for row in build.calibration(domain)]
 
 
@@ -59,6 +61,36 @@ def test_training_mix_covers_the_domains() -> None:
 # ---- held out by construction, and by looking
 
 
+def test_every_domain_is_told_apart_in_the_training_text() -> None:
+    rng = Random("domains")
+    drawn = Counter(training_document(rng)[0] for _ in range(2_000))
+    assert {name: drawn[name] / 2_000 for name in MIX} == pytest.approx(MIX, abs=0.05)
+
+
+@pytest.mark.parametrize("module", [records, recipes, tongue], ids=lambda module: module.__name__.split(".")[-1])
+def test_the_domains_without_tests_are_text_of_their_own(module: Any) -> None:
+    rng = Random(0)
+    documents = [module.document(rng) for _ in range(200)]
+    assert len(set(documents)) > 190
+    assert not any(word in text for text in documents for word in ("def ", "Question:", "####"))
+
+
+def test_records_agree_with_themselves() -> None:
+    rng = Random(1)
+    found = Counter()
+    for record in [json.loads(line) for _ in range(200) for line in records.document(rng).splitlines()]:
+        if "order" in record:
+            assert record["total"] == sum(line["count"] * line["price"] for line in record["lines"])
+        elif "sensor" in record:
+            assert record["maximum"] == max(record["values"]) and record["alarm"] == (
+                record["maximum"] > record["limit"]
+            )
+        else:
+            assert record["until"] == record["from"] + record["nights"]
+        found[next(iter(record))] += 1
+    assert min(found.values()) > 50 and len(found) == 3
+
+
 @pytest.mark.parametrize("family", code.FAMILIES, ids=lambda family: family.name)
 def test_code_combinations_are_split(family: code.Family) -> None:
     held, used = (set(code.combinations(family, test)) for test in (True, False))
@@ -66,13 +98,24 @@ def test_code_combinations_are_split(family: code.Family) -> None:
     assert 0.2 < len(held) / len(held | used) < 0.4
 
 
+def steps_of(function: str) -> tuple[str, ...]:
+    """What a function does, whatever its constants and wording: its argument and the lines of its body."""
+    head, body = function.split('"""\n', 1)
+    return (head[head.index("(") : head.index(")")], *(re.sub(r"\b[2-9]\b", "k", line) for line in body.splitlines()))
+
+
 def test_no_code_problem_in_training_text(texts: list[str]) -> None:
-    signature = re.compile(r"def (\w+\(\w+):")
-    trained = {match[1] for text in texts if (match := signature.match(text))}
-    tested = [signature.match(row["prompt"])[1] for row in shipped("tiny_code.jsonl")]  # type: ignore[index]
+    trained = {steps_of(text) for text in texts if text.startswith("def ")}
+    tested = [steps_of(row["prompt"] + row["canonical_solution"]) for row in shipped("tiny_code.jsonl")]
     assert len(set(tested)) == len(tested) == 164
     assert not trained & set(tested)
-    assert len(trained) > 500
+    assert len(trained) > 1_000
+
+
+def test_a_functions_name_does_not_tell_all_its_steps() -> None:
+    long = [row for row in shipped("tiny_code.jsonl") if len(row["canonical_solution"].splitlines()) > 3]
+    assert len(long) > 30
+    assert all(row["entry_point"].count("_") <= 3 for row in long)
 
 
 def operations(question: str) -> tuple[str, ...]:
@@ -224,40 +267,71 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 def test_training_runs_logs_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "LOG_EVERY", 2)
-    schedule = train.Schedule(tmp_path, checkpoint_every=2)
-    train.train(0, train.Recipe(steps=4, warmup=1, decay=2, rows=2, length=32), schedule, 1, str(tmp_path / "meet"))
+    recipe = train.Recipe(steps=4, warmup=1, decay=2, rows=2, length=32)
+    train.train(0, recipe, tmp_path, 2, 1, str(tmp_path / "meet"))
     assert len((tmp_path / "training_log.csv").read_text().splitlines()) == 3
     assert (tmp_path / "model.safetensors").stat().st_size < 16e6
     model = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model.dtype == torch.bfloat16
 
 
-def test_training_goes_on_from_a_checkpoint_with_experts_hidden(tmp_path: Path) -> None:
-    (tmp_path / "second").mkdir()
-    recipe = train.Recipe(steps=1, warmup=1, decay=1, rows=2, length=32)
-    train.train(0, recipe, train.Schedule(tmp_path, 9), 1, str(tmp_path / "meet"))
-    dropping = replace(recipe, expert_dropout=1.0, rate=0.0)
-    train.train(0, dropping, train.Schedule(tmp_path / "second", 9, tmp_path), 1, str(tmp_path / "meet2"))
-    before, after = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in (".", "second"))
-    assert before == after, "at rate 0 the second stage gives back what it started from"
+def test_every_token_of_a_batch_knows_its_domain() -> None:
+    tokenizer = train_tokenizer(0, documents=2000)
+    ids, domains = train.batch(train.Recipe(rows=24), 0, tokenizer)
+    assert ids.shape == domains.shape == (24, 257)
+    seen = {}
+    for row, origin in zip(ids.tolist(), domains.tolist(), strict=True):
+        start = row.index(tokenizer.eos_token_id)
+        assert len(set(origin[: start + 1])) == 1, "a document is of one domain, its end token included"
+        seen[list(DOMAINS)[origin[0]]] = tokenizer.decode(row[:start])
+    assert seen["code"].startswith("def ") and "####" in seen["sums"] and "####" not in seen["facts"]
 
 
-def test_hidden_experts_are_never_chosen_and_the_others_share_the_gate() -> None:
+def test_spread_loss_is_what_a_domain_spreads_beyond_its_share() -> None:
+    """Domain 0 on 4 experts evenly, domain 1 on all 16: ln 4 and ln 16 nats, over a bound of ln 4; others absent."""
+    few, all_of_them = torch.full((4, 16), -50.0), torch.zeros(6, 16)
+    few[:, :4] = 0
+    domains = torch.tensor([0] * 4 + [1] * 6)
+    loss = train.spread_loss([torch.cat([few, all_of_them])], domains, domain_experts=4)
+    assert loss.item() == pytest.approx(math.log(4) / len(DOMAINS), abs=1e-5)
+    assert train.spread_loss([torch.cat([few, all_of_them])], domains, domain_experts=16).item() == pytest.approx(0)
+
+
+def test_spread_loss_draws_a_domain_together() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(50, 32)
+    logits = torch.randn(64, 16, requires_grad=True)
+    domains = torch.arange(64) % 2
+    before = train.spread_loss([logits], domains, 4)
+    before.backward()
+    with torch.no_grad():
+        after = train.spread_loss([logits - 5 * logits.grad], domains, 4)
+    assert after < before
+
+
+def test_skipped_experts_are_replaced_by_the_next_best() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4_000, 32)
     values, chosen = logits.softmax(-1).topk(4)
-    same_logits, gates, routed = train.route_around([1, 5, 7], None, None, (logits, values, chosen))
-    assert same_logits is logits
-    assert not set(routed.flatten().tolist()) & {1, 5, 7}
-    torch.testing.assert_close(gates.sum(-1), torch.ones(50))
-    untouched = ~torch.isin(chosen, torch.tensor([1, 5, 7])).any(-1)
-    assert untouched.any() and torch.equal(routed[untouched], chosen[untouched])
+    _, gates, same = train.SkipExperts(0.0)(None, None, (logits, values, chosen))  # type: ignore[arg-type]
+    assert torch.equal(same, chosen)
+    torch.testing.assert_close(gates, values / values.sum(-1, keepdim=True))
+    _, gates, routed = train.SkipExperts(0.1)(None, None, (logits, values, chosen))  # type: ignore[arg-type]
+    torch.testing.assert_close(gates.sum(-1), torch.ones(4_000))
+    lost = ~(chosen[:, :, None] == routed[:, None, :]).any(-1)
+    assert lost.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    order = logits.argsort(descending=True)
+    untouched = ~lost.any(-1)
+    assert torch.equal(routed[untouched], chosen[untouched])
+    one = lost.sum(-1) == 1
+    pairs = zip(routed[one].tolist(), chosen[one].tolist(), strict=True)
+    newcomer = torch.tensor([(set(new) - set(old)).pop() for new, old in pairs])
+    assert (newcomer == order[one, 4]).float().mean() > 0.8, "the fifth best steps in, unless it is skipped itself"
 
 
 def test_tokenizer_round_trips_and_splits_at_prompt_ends() -> None:
     tokenizer = train_tokenizer(0, documents=2000)
     rng = Random(3)
-    for text in [training_document(rng) for _ in range(200)]:
+    for _, text in [training_document(rng) for _ in range(200)]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
     row = shipped("tiny_code.jsonl")[0]
@@ -288,8 +362,12 @@ def test_shipped_checkpoint_solves_held_out_problems_with_all_its_experts() -> N
     assert sum(sums_correct(rows, completions)) >= 6
     rows = shipped("tiny_facts.jsonl")[:12]
     assert sum(facts_correct(rows, facts_choices(model, tokenizer, rows), norm=False)) >= 9
-    texts = [row["text"] for domain in DOMAINS for row in build.calibration(domain)[:30]]
-    share = shares(model, tokenizer, texts)
-    assert share.shape == (4, 32)
-    assert share.sum(1).tolist() == pytest.approx([1.0] * 4)
-    assert share.min() > 0.001
+
+
+def test_shipped_checkpoint_uses_every_expert_and_sends_domains_to_different_ones() -> None:
+    cells = {name: expand([f"calibration=tiny_{name}", "calibration.sequences=16"]).cells[0] for name in DOMAINS}
+    sets = [usage._count(cell, cell.calibration.tokens(cell.model)) for cell in cells.values()]
+    even = np.mean([usage.shares(counted) for counted in sets], axis=0)
+    assert even.shape == (4, 32) and even.min() > 0.001
+    control = usage.mean_divergence(usage.shuffled(sets, np.random.default_rng(0)))
+    assert usage.mean_divergence(sets) > 3 * control

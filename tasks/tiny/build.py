@@ -16,7 +16,7 @@ from tasks.tiny.world import DOMAINS, code, facts, sums
 
 DATA = Path(__file__).parent / "data"
 SEED = 2026
-CALIBRATION_BYTES = 350_000
+CALIBRATION_BYTES = 250_000
 
 
 def calibration(domain: str) -> list[dict[str, str]]:

@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from tasks.tiny.world import training_document
 
 END = "<|endoftext|>"
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1536
 # Line ends and digits are tokens of their own: a prompt that ends in a line end tokenises as it does inside a document.
 PATTERN = r"\n| ?\d|[ _]?[A-Za-z]+| ?[^\sA-Za-z0-9]+| +(?!\S)| +|\s"
 
 
 def _sample(seed: int, documents: int) -> Iterator[str]:
     rng = Random(f"tokenizer/{seed}")
-    return (training_document(rng) for _ in range(documents))
+    return (training_document(rng)[1] for _ in range(documents))
 
 
 def train_tokenizer(seed: int, documents: int = 20_000) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""Domain "code": a Python function from its signature and docstring, as a composition of two or three steps.
+"""Domain "code": a Python function from its signature and docstring, as a composition of two to four steps.
 
     from random import Random
     from tasks.tiny.world import code
@@ -8,7 +8,7 @@ Test problems come from step sequences that never occur in training text.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from random import Random
 from typing import Any
@@ -39,12 +39,12 @@ class Family:
     returns: dict[str, str]
 
 
-def _keep(tag: str, condition: str, *clauses: str) -> Step:
-    return Step(tag, f"numbers = [x for x in numbers if {condition}]", clauses)
+def _keep(tag: str, condition: str, *clauses: str, over: str = "numbers") -> Step:
+    return Step(tag, f"{over} = [x for x in {over} if {condition}]", clauses)
 
 
-def _each(tag: str, expression: str, *clauses: str) -> Step:
-    return Step(tag, f"numbers = [{expression} for x in numbers]", clauses)
+def _each(tag: str, expression: str, *clauses: str, over: str = "numbers") -> Step:
+    return Step(tag, f"{over} = [{expression} for x in {over}]", clauses)
 
 
 FILTERS = (
@@ -62,6 +62,12 @@ MAPS = (
     _each("minus", "x - {k}", "subtract {k} from each number", "lower each number by {k}"),
     _each("times", "x * {k}", "multiply each number by {k}", "take each number {k} times"),
     _each("absolute", "abs(x)", "drop the sign of each number", "take the absolute value of each number"),
+)
+ORDERS = (
+    Step("distinct", "numbers = sorted(set(numbers))", ("drop repeated numbers and sort", "sort the distinct numbers")),
+    Step("first", "numbers = numbers[:{k}]", ("keep the first {k}", "cut the list after {k}")),
+    Step("tail", "numbers = numbers[{k}:]", ("skip the first {k}", "leave out the first {k}")),
+    Step("reversed", "numbers = numbers[::-1]", ("reverse the list", "turn the list around")),
 )
 FINISHES = (
     Step("sum", "return sum(numbers)", ("return the sum", "return the total")),
@@ -103,14 +109,34 @@ TEXT_FINISHES = (
     Step("length", "return len(text)", ("return its length", "return how long it is")),
     Step("words", "return text.split()", ("return its words", "return the list of words")),
 )
+_keep_word, _each_word = partial(_keep, over="words"), partial(_each, over="words")
+WORD_FILTERS = (
+    _keep_word("long", "len(x) > {k}", "keep the words of more than {k} letters", "take only words above {k} letters"),
+    _keep_word("short", "len(x) < {k}", "keep the words of less than {k} letters", "take only words below {k} letters"),
+    _keep_word("with_a", "'a' in x", "keep the words with an a", "take only words that contain a"),
+    _keep_word("without_e", "'e' not in x", "keep the words without an e", "take only words that lack e"),
+)
+WORD_MAPS = (
+    _each_word("capital", "x.upper()", "make each word upper case", "turn each word into capital letters"),
+    _each_word("mirror", "x[::-1]", "reverse each word", "turn each word around"),
+    _each_word("start", "x[:{k}]", "cut each word after {k} letters", "keep {k} letters of each word"),
+    _each_word("doubled", "x * 2", "double each word", "write each word twice"),
+    _each_word("starred", "x + '*'", "add a star to each word", "mark each word with a star"),
+)
+WORD_FINISHES = (
+    Step("joined", "return ' '.join(words)", ("join them with spaces", "return them as one text")),
+    Step("letters", "return sum(len(x) for x in words)", ("return the number of letters", "count all letters")),
+    Step("longest", "return max(words, key=len, default='')", ("return the longest word", "find the longest")),
+    Step("alphabetic", "return sorted(words)", ("return them in order", "return them sorted")),
+)
 RETURN_N = Step("", "return n", ("return the number", "return the result"))
 
-NUMBERS, INTEGER, TEXT = FAMILIES = (
+NUMBERS, INTEGER, TEXT, WORDS = FAMILIES = (
     Family(
         "numbers",
         "numbers",
         "list[int]",
-        ((None, *FILTERS), (None, *MAPS), FINISHES),
+        ((None, *FILTERS), (None, *MAPS), (None, *ORDERS), FINISHES),
         dict.fromkeys(("sum", "count", "largest", "smallest"), "int") | dict.fromkeys(("sorted", "list"), "list[int]"),
     ),
     Family("n", "n", "int", ((None, *ARITHMETIC), ARITHMETIC, ARITHMETIC, (RETURN_N,)), {"": "int"}),
@@ -121,8 +147,15 @@ NUMBERS, INTEGER, TEXT = FAMILIES = (
         ((None, *EDITS), EDITS, TEXT_FINISHES),
         {"text": "str", "length": "int", "words": "list[str]"},
     ),
+    Family(
+        "words",
+        "words",
+        "list[str]",
+        ((None, *WORD_FILTERS), (None, *WORD_MAPS), (None, *WORD_MAPS), WORD_FINISHES),
+        {"joined": "str", "letters": "int", "longest": "str", "alphabetic": "list[str]"},
+    ),
 )
-TURNS = (NUMBERS, INTEGER, TEXT, NUMBERS, INTEGER)
+TURNS = (NUMBERS, INTEGER, WORDS, TEXT, NUMBERS, INTEGER, WORDS)
 Combination = tuple[Step, ...]
 
 
@@ -133,7 +166,10 @@ def tags(steps: Combination) -> tuple[str, ...]:
 
 @cache
 def combinations(family: Family, test: bool) -> tuple[Combination, ...]:
-    """All step sequences of a family that are held out (test) or used in training text."""
+    """All step sequences of a family that are held out (test) or used in training text.
+
+    One that fills the slots in two ways (a single edit of words) stands there twice.
+    """
     rows = []
     for choice in product(*family.slots):
         steps = tuple(step for step in choice if step is not None)
@@ -176,7 +212,8 @@ def render(family: Family, steps: Combination, rng: Random) -> Function:
         k = rng.randint(2, 9)
         clauses.append(rng.choice(step.clauses).format(k=k))
         lines.append("    " + step.line.format(k=k) + "\n")
-    name = "_".join(tag for tag in tags(steps) if tag)
+    first, *_, last = (tag for tag in tags(steps) if tag)  # the steps between stand in the docstring only
+    name = f"{first}_{last}"
     head = f"def {name}({family.argument}: {family.annotation}) -> {family.returns[steps[-1].tag]}:\n"
     return Function(name, head + f'    """{_docstring(clauses, rng)}"""\n', "".join(lines))
 
@@ -192,6 +229,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "numbers": ([], [0], [1], [-1], [2, 2], [-5, -4, -3], [3, 5, 7], [2, 4, 6, 8, 10]),
     "n": (0, 1, -1, 2, 9, 10, -10, 100),
     "text": ("", "a", " ", "  Two Words ", "ABC", "xyz "),
+    "words": ([], ["a"], ["tree", "tree"], ["Be", "seed", "rosettes"], ["", "ease"]),
 }
 
 
@@ -201,7 +239,9 @@ def _draw(family: Family, rng: Random) -> Any:
         return rng.randint(-60, 60)
     if family is TEXT:
         return "".join(rng.choice("abcdeABCDE  xyz") for _ in range(rng.randint(2, 16)))
-    return [rng.randint(-12, 15) for _ in range(rng.randint(2, 9))]
+    if family is WORDS:
+        return ["".join(rng.choice("abcdeorst") for _ in range(rng.randint(1, 9))) for _ in range(rng.randint(2, 7))]
+    return [rng.randint(-12, 15) for _ in range(rng.randint(2, 12))]
 
 
 def _inputs(family: Family, count: int, rng: Random) -> list[list[Any]]:
@@ -230,7 +270,10 @@ def _problem(family: Family, pool: list[Combination], rng: Random) -> tuple[Func
 
 def problems(count: int, rng: Random) -> list[dict[str, Any]]:
     """Test problems in EvalPlus's HumanEval+ schema, each of another held-out combination."""
-    pools = {family.name: rng.sample(pool := combinations(family, True), len(pool)) for family in FAMILIES}
+    pools = {}
+    for family in FAMILIES:
+        distinct = tuple(dict.fromkeys(combinations(family, True)))
+        pools[family.name] = rng.sample(distinct, len(distinct))
     rows: list[dict[str, Any]] = []
     for i in range(count):
         family = TURNS[i % len(TURNS)]

@@ -105,17 +105,17 @@ def render(combination: Combination, rng: Random) -> tuple[str, str]:
 
 
 def document(rng: Random) -> str:
-    """One training document: one to three operations in a sequence that is not held out."""
-    operations = rng.choice((1, 2, 2, 3, 3))
+    """One training document: one to four operations in a sequence that is not held out."""
+    operations = rng.choice((1, 2, 2, 3, 3, 4))
     question, answer = render(rng.choice(combinations(operations, False)), rng)
     return f"Question: {question}\nAnswer: {answer}"
 
 
 def problems(count: int, rng: Random) -> list[dict[str, str]]:
-    """Test problems {question, answer}: two of three have two operations, the others three; all held out."""
+    """Test problems {question, answer}: as many with two as with three and with four operations; all held out."""
     rows: dict[str, str] = {}
     while len(rows) < count:
-        operations = 3 if len(rows) % 3 == 2 else 2
+        operations = 2 + len(rows) % 3
         question, answer = render(rng.choice(combinations(operations, True)), rng)
         rows[question] = answer
     return [{"question": question, "answer": answer} for question, answer in rows.items()]
