@@ -9,15 +9,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import tensors
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, Model, Role, role
 from harness.plan import LayerPlan, Plan, Source
 from harness.tensors import Entry, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Plain floating-point types of safetensors, by torch's names. Other types pass through as bytes.
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+MERGEABLE = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -167,15 +176,23 @@ def weighted_mean(parts: list[tuple[bytes, float]], dtype: str) -> bytes:
     """Mean of equally long raw tensors with weights that sum to 1, added up in float32 and cast back once."""
     import torch
 
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    if dtype not in kinds:
+    if dtype not in MERGEABLE:
         raise UserError(
-            f"Experts stored as {dtype} cannot be averaged. Merge a {', '.join(kinds)} checkpoint, or prune this one."
+            f"Experts stored as {dtype} cannot be averaged. Merge a checkpoint in one of {', '.join(MERGEABLE)}, or "
+            "prune this one."
         )
     total = torch.zeros(())
     for data, weight in parts:
-        total = total + weight * torch.frombuffer(bytearray(data), dtype=kinds[dtype]).float()
-    return total.to(kinds[dtype]).view(torch.uint8).numpy().tobytes()
+        values = _decoded(data, dtype)
+        total = total + weight * values.float()
+    return total.to(values.dtype).view(torch.uint8).numpy().tobytes()
+
+
+def _decoded(data: bytes, dtype: str) -> torch.Tensor:
+    """Raw bytes of one of the types in FLOATS as a flat tensor."""
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, FLOATS[dtype]))
 
 
 def _copy_rest(source: Path, target: Path) -> None:
@@ -217,8 +234,39 @@ def verify(folder: Path, source: Model) -> None:
 
 def check_structure(model: Model) -> None:
     """Raise UserError unless experts, routers and config.json of a checkpoint fit together. Reads headers only."""
+    parts: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {layer: {} for layer in model.experts}
+    routers: dict[int, dict[str, tuple[int, ...]]] = {layer: {} for layer in model.experts}
+    expected = {layer: model.expert_count for layer in model.experts}
+    for name, tensor in model.tensors.items():
+        here = role(name, tensor, expected)
+        if here.kind == "expert":
+            parts[here.layer].setdefault(here.expert, {})[here.part] = tensor.shape
+        elif here.kind == "router":
+            routers[here.layer][name] = tensor.shape
     for layer, count in model.experts.items():
-        _verify_layer(model, layer, count)
+        _check_layer(f"{model.folder}, layer {layer}", count, model.expert_count, parts[layer], routers[layer])
+
+
+def _check_layer(
+    where: str,
+    count: int,
+    expected: int,
+    parts: Mapping[int, Mapping[str, tuple[int, ...]]],
+    routers: Mapping[str, tuple[int, ...]],
+) -> None:
+    """``parts``: shapes of each expert's tensors, empty where experts are fused; ``routers``: of the router's."""
+    if count != expected:
+        raise UserError(f"{where}: there are {count} experts, config.json says {expected}.")
+    for name, shape in routers.items():
+        if shape[:1] != (expected,) and shape != (1, expected):
+            raise UserError(f"{where}: {name} has shape {shape}, not one row for each of {expected} experts.")
+    if parts and sorted(parts) != list(range(expected)):
+        raise UserError(f"{where}: experts are numbered {sorted(parts)}, not 0 to {expected - 1}.")
+    for expert, shapes in parts.items():
+        if shapes != parts[0]:
+            raise UserError(f"{where}: expert {expert} has tensors {shapes}, expert 0 has {parts[0]}.")
+    if not routers:
+        raise UserError(f"{where}: there is no router tensor.")
 
 
 def _others(model: Model) -> set[tuple[str, tuple[int, ...]]]:
@@ -229,35 +277,7 @@ def _others(model: Model) -> set[tuple[str, tuple[int, ...]]]:
     }
 
 
-def _verify_layer(model: Model, layer: int, count: int) -> None:
-    where, expected = f"{model.folder}, layer {layer}", model.expert_count
-    if count != expected:
-        raise UserError(f"{where}: there are {count} experts, config.json says {expected}.")
-    parts: dict[int, dict[str, tuple[int, ...]]] = {}
-    routers = 0
-    for name, tensor in model.tensors.items():
-        here = role(name, tensor, {layer: expected})
-        if here.kind == "expert":
-            parts.setdefault(here.expert, {})[here.part] = tensor.shape
-        elif here.kind == "router":
-            routers += 1
-            if tensor.shape[:1] != (expected,) and tensor.shape != (1, expected):
-                raise UserError(
-                    f"{where}: {name} has shape {tensor.shape}, not one row for each of {expected} experts."
-                )
-    if parts and sorted(parts) != list(range(expected)):
-        raise UserError(f"{where}: experts are numbered {sorted(parts)}, not 0 to {expected - 1}.")
-    for expert, shapes in parts.items():
-        if shapes != parts[0]:
-            raise UserError(f"{where}: expert {expert} has tensors {shapes}, expert 0 has {parts[0]}.")
-    if not routers:
-        raise UserError(f"{where}: there is no router tensor.")
-
-
 def _finite(tensor: Tensor) -> bool:
-    import torch
-
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-    if tensor.dtype not in kinds or tensor.elements == 0:
+    if tensor.dtype not in FLOATS or tensor.elements == 0:
         return True
-    return bool(torch.isfinite(torch.frombuffer(bytearray(tensor.read()), dtype=kinds[tensor.dtype])).all())
+    return bool(_decoded(tensor.read(), tensor.dtype).isfinite().all())
