@@ -216,7 +216,9 @@ class Model:
         """The model in memory (on the GPUs, if any), for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # the pass over the tokens has one of its own
         device_map = "auto" if torch.cuda.is_available() else None
         model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=dtype, device_map=device_map, local_files_only=True

@@ -67,11 +67,9 @@ def statistics(cell: Cell, store: Store) -> Stats:
 
 def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
     from tqdm import tqdm
-    from transformers.utils.logging import disable_progress_bar
 
     from harness.calibrate import calibrate, packed_batches
 
-    disable_progress_bar()  # of loading; the pass over the tokens has its own
     start = time.perf_counter()
     model = cell.model.load(cell.calibration.dtype)
     batch_size = cell.calibration.batch_size

@@ -66,7 +66,7 @@ class TaskFile:
             folder = _stock_folder()
         files = [*_function_files(self.config), *self.data_files]
         config = json.dumps(self.config, sort_keys=True, default=str)
-        for place in (folder, self.data_dir):
+        for place in filter(None, (folder, self.data_dir)):
             config = config.replace(f"{place}/", "")
         return {
             "config": _sha256(config.encode()),
@@ -103,7 +103,12 @@ class TaskFile:
     def _on_copies(self, config: dict[str, Any]) -> dict[str, Any]:
         """The task on local copies of its rows; a split without a file is left out."""
         assert self.data_dir is not None
-        folder = self.data_dir / "lm_eval" / self.copy.format(**config)
+        try:
+            folder = self.data_dir / "lm_eval" / self.copy.format(**config)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{self.label}: copy={self.copy!r} asks for what {self.path.name} has not: {error}"
+            ) from error
         splits = {split: [str(folder / f"{split}.jsonl")] for split in SPLITS if (folder / f"{split}.jsonl").is_file()}
         absent = {key: None for key in SPLIT_KEYS if config.get(key) not in splits}
         wanted = [split for key in SPLIT_KEYS[1:3] if (split := config.get(key))]

@@ -139,6 +139,11 @@ def test_missing_rows_are_refused_with_the_place_they_should_have(tmp_path: Path
         LmEval("arc_easy", "lm_eval:arc/arc_easy.yaml", data_dir=str(tmp_path)).check()
 
 
+def test_a_place_that_cannot_be_named_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="asks for what .*nothing"):
+        LmEval("x", "lm_eval:arc/arc_easy.yaml", data_dir=str(tmp_path), copy="{nothing}").check()
+
+
 def test_a_task_file_that_lm_eval_does_not_ship_is_refused() -> None:
     with pytest.raises(UserError, match="ships no task file"):
         LmEval("x", "lm_eval:arc/arc_impossible.yaml").check()
