@@ -104,14 +104,39 @@ def test_parity_counts_items_and_not_averages() -> None:
         parity.compare("x", served, plain[:2])
 
 
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the real model, built from the package on this machine by the one command."""
+    store = tmp_path_factory.mktemp("smol")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["smol", "--store", str(store)])
+        assert build.main() == 0
+    return store
+
+
+def about(store: Path) -> list[str]:
+    data = needs_shared("data/lm_eval").parent
+    return [f"model.path={store / 'models' / build.FOLDER}", f"data_dir={data}", f"store={store}"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smol_dense_scores_as_lm_evals_hf_backend_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Built from the package on this machine, served by vLLM, 200 real rows of each of three benchmarks."""
-    data = needs_shared("data/lm_eval")
-    monkeypatch.setattr(sys, "argv", ["smol", "--store", str(tmp_path)])
-    assert build.main() == 0
-    folder = tmp_path / "models" / build.FOLDER
-    more = [f"model.path={folder}", f"data_dir={data.parent}", "limit=200", f"store={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["parity", *more])
+def test_smol_dense_scores_as_lm_evals_hf_backend_does(smol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served by vLLM, 200 real rows of each of three benchmarks."""
+    monkeypatch.setattr(sys, "argv", ["parity", "limit=200", *about(smol)])
     assert parity.main() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("suite", "numbers"), [("mc", [3] * 5 + [171] + [3] * 2), ("math", [3, 3]), ("code", [3, 3])])
+def test_every_real_suite_runs_through_vllm(smol: Path, suite: str, numbers: list[int]) -> None:
+    """Three rows of every benchmark (of each of MMLU's 57 subjects) have a score; nothing is said of its height."""
+    sweep = expand(["model=smol_dense", "method=none", f"suite={suite}", "limit=3", *about(smol)])
+    sweep.check()
+    (cell,) = sweep.cells
+    run.run(cell, sweep.store)
+    records = [sweep.store.read_json("records", cell.record_name(task)) for task in cell.tasks]
+    assert [record and record["error"] for record in records] == [None] * len(records)
+    found = [{metric["n"] for metric in record["metrics"].values()} for record in records if record]
+    assert found == [{number} for number in numbers]
