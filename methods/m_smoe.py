@@ -23,12 +23,13 @@ class MSMoE:
 
     and each group's weights are averaged with the routing frequencies. The router is not touched.
 
-    Where we differ: the official code's threshold loses groups on ties, ours is exact; REAP's re-implementation puts
-    the distance matrix through the distance once more (a second-order distance), ours does not; the hidden units are
-    not permuted to match, as in the official Mixtral path.
+    Where we differ: the official code's threshold loses groups on ties; ours is exact, and of equally frequent experts
+    the one with the larger share of its layer's gates comes first, however experts are numbered. REAP's
+    re-implementation puts the distance matrix through the distance once more (a second-order distance), ours does not.
+    The hidden units are not permuted to match, as in the official Mixtral path.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"count", "logit_gram"})
+    needs: ClassVar[frozenset[str]] = frozenset({"count", "gate", "logit_gram"})
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
         dominants = dominant_experts(stats, sum(keep.values()))
@@ -36,18 +37,21 @@ class MSMoE:
 
 
 def dominant_experts(stats: Stats, total: int) -> dict[int, list[int]]:
-    """``total`` dominant experts over all layers, at least one in each; ties go to the lower layer and index."""
-    usage = {index: mean_over(layer["count"], layer["count"].sum()) for index, layer in stats.layers.items()}
-    chosen = {index: [int(np.argmax(frequency))] for index, frequency in usage.items()}
-    rest = [
-        (-frequency, index, expert)
-        for index, frequencies in usage.items()
-        for expert, frequency in enumerate(frequencies.tolist())
-        if expert != chosen[index][0]
-    ]
-    for _, index, expert in sorted(rest)[: total - len(chosen)]:
-        chosen[index].append(expert)
-    return {index: sorted(experts) for index, experts in chosen.items()}
+    """``total`` dominant experts over all layers, at least one in each.
+
+    Ties go to the larger share of the layer's gates, then to the lower layer and index.
+    """
+    ranked = {index: _by_use(index, layer) for index, layer in stats.layers.items()}
+    first = [experts[0] for experts in ranked.values()]
+    rest = sorted(expert for experts in ranked.values() for expert in experts[1:])
+    chosen = [*first, *rest[: total - len(first)]]
+    return {index: sorted(expert for *_, layer, expert in chosen if layer == index) for index in stats.layers}
+
+
+def _by_use(index: int, layer: LayerStats) -> list[tuple[float, float, int, int]]:
+    """(-share of choices, -share of gates, layer, expert) of every expert, the most used first."""
+    frequency, gate = (mean_over(layer[name], layer[name].sum()) for name in ("count", "gate"))
+    return sorted((-float(frequency[e]), -float(gate[e]), index, e) for e in range(layer.experts))
 
 
 def group_layer(stats: LayerStats, dominants: list[int]) -> LayerPlan:

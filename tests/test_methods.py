@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -97,6 +98,7 @@ def test_has_one_name_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("none", "random")])  # these do not look at experts
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), keep=st.integers(3, 11))
+@example(seed=194, keep=3)  # a layer with two experts of equal counts, of which one is dominant
 def test_renaming_the_experts_renames_the_plan(name: str, seed: int, keep: int) -> None:
     method, stats = make(name), random_stats(seed)
     order = np.random.default_rng(seed).permutation(12)
@@ -183,12 +185,15 @@ def test_m_smoe_cosine_is_that_of_the_logit_columns() -> None:
 
 
 def test_m_smoe_dominants_are_one_per_layer_then_the_globally_most_used() -> None:
-    def layer(counts: list[float]) -> LayerStats:
-        return LayerStats(4, 10, {"count": np.array(counts)})
+    def layer(counts: list[float], gates: Sequence[float] = (1, 1, 1, 1)) -> LayerStats:
+        return LayerStats(4, 10, {"count": np.array(counts), "gate": np.array(gates)})
 
     stats = Stats({0: layer([97, 1, 1, 1]), 1: layer([40, 30, 20, 10])})  # shares .97 .01 .01 .01 | .4 .3 .2 .1
     assert dominant_experts(stats, 2) == {0: [0], 1: [0]}
     assert dominant_experts(stats, 4) == {0: [0], 1: [0, 1, 2]}
+    tied = Stats({0: layer([40, 20, 20, 20], [1, 2, 4, 3]), 1: layer([25, 25, 25, 25], [1, 1, 6, 2])})
+    assert dominant_experts(tied, 2) == {0: [0], 1: [2]}
+    assert dominant_experts(tied, 6) == {0: [0, 2], 1: [0, 1, 2, 3]}
 
 
 # Planted truths, through a real model: calibrate, plan, export, load.
