@@ -21,7 +21,7 @@ from harness.spec import Sweep, expand
 from harness.store import Store
 
 NOT_RUN, FAILED = "—", "✗"
-CELL = ["model", "label", "calibration", "ratio", "seed"]
+CELL = ["model", "label", "calibration", "ratio", "seed"]  # the columns of Cell.row
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -31,15 +31,7 @@ def frame(sweep: Sweep) -> pd.DataFrame:
     for cell in sweep.cells:
         for task in cell.tasks:
             found = sweep.store.read_json("records", cell.record_name(task))
-            asked = {
-                "model": cell.model.name,
-                "label": cell.label,
-                "calibration": cell.calibration.name if cell.calibrates else "none",
-                "ratio": cell.ratio,
-                "seed": cell.seed if cell.compresses else None,
-                "task": task.name,
-            }
-            rows += _rows(asked, found)
+            rows += _rows({**cell.row, "task": task.name}, found)
     return pd.DataFrame(rows).drop_duplicates([*CELL, "task", "metric"]).reset_index(drop=True)
 
 

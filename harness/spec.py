@@ -109,6 +109,17 @@ class Cell:
         parts += [f"r{self.ratio:.4g}", f"s{self.seed}"] if self.compresses else []
         return "-".join(parts).lower().replace("/", "_").replace(" ", "_")
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """What names the cell in tables; the cells of a sweep that differ must differ here."""
+        return {
+            "model": self.model.name,
+            "label": self.label,
+            "calibration": self.calibration.name if self.calibrates else "none",
+            "ratio": self.ratio,
+            "seed": self.seed if self.compresses else None,
+        }
+
     def check(self) -> None:
         """Raise UserError, before any work, for what cannot work of this model, method and ratio together."""
         if self.compresses:
@@ -266,15 +277,11 @@ def expand(overrides: Sequence[str]) -> Sweep:
 
 
 def _check_rows(cells: Sequence[Cell]) -> None:
-    """A table's rows are named by model, label, calibration, ratio and seed: cells that differ in more would be mixed
-    up.
-    """
+    """Raise UserError if cells that differ would share a row of the table, where they would be mixed up."""
     rows: dict[tuple, Cell] = {}
     for cell in cells:
-        seed = cell.seed if cell.compresses else None
-        calibration = cell.calibration.name if cell.calibrates else None
         for task in cell.tasks:
-            row = (cell.model.name, cell.label, calibration, cell.ratio, seed, task.name)
+            row = (*cell.row.values(), task.name)
             if rows.setdefault(row, cell).record_name(task) != cell.record_name(task):
                 raise UserError(
                     f"Two cells of this sweep would share the table row {', '.join(map(str, row))} though they differ. "

@@ -41,17 +41,17 @@ def tokens_name(cell: Cell) -> str:
     return key(documents=dict(cell.calibration.identity()), tokenizer=cell.model.tokenizer_digest) + ".safetensors"
 
 
+def observed(cell: Cell, ids: np.ndarray) -> dict[str, Any]:
+    """What determines whatever a pass of the model over these tokens finds: the fields of its key."""
+    return {"model": cell.model.digest, "tokens": hashlib.sha256(ids.tobytes()).hexdigest(), **cell.observed_how()}
+
+
 def statistics(cell: Cell, store: Store) -> Stats:
     """Calibration statistics with every sum the method needs; for a method that needs none, only the layers' sizes."""
     if not cell.calibrates:
         return Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})
     ids = tokens(cell, store)
-    digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    fields = {
-        "model": cell.model.digest,
-        "tokens": digest,
-        **cell.observed_how(),
-    }
+    fields = observed(cell, ids)
     name = key(**fields) + ".safetensors"
     path = store.path("stats", name)
     with store.locked("stats", name):
@@ -182,7 +182,7 @@ def _score(cell: Cell, name: str, task: Task, served: Serving, store: Store) -> 
         found = task.score(served.llm, Path(work))
     seconds = {**served.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
-    store.put("samples", name.replace(".json", ".jsonl.gz"), lambda path: _write_samples(path, found.samples))
+    store.put("samples", _samples_name(name), lambda path: _write_samples(path, found.samples))
     document = {
         "metrics": {metric: asdict(value) for metric, value in found.metrics.items()},
         "counts": dict(found.counts),
@@ -230,9 +230,22 @@ def _check_score(task: Task, found: Score) -> None:
             raise StageError(f"{task.name}: {name} is {metric.value} ± {metric.stderr} on {metric.n} items.")
 
 
+def _samples_name(score: str) -> str:
+    return score.replace(".json", ".jsonl.gz")
+
+
 def _write_samples(path: Path, samples: Sequence[Any]) -> None:
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+
+def samples(cell: Cell, task: Task, store: Store) -> list[dict[str, Any]]:
+    """Every item behind the cell's record on this task. Raises StageError if there is no score."""
+    found = store.read_json("records", cell.record_name(task))
+    if found is None or found["status"] != "done":
+        raise StageError(f"{task.name} has no score: {found['error'] if found else 'it was not run'}")
+    with gzip.open(store.path("samples", _samples_name(found["score"])), "rt") as file:
+        return [json.loads(line) for line in file]
 
 
 def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error: str | None, store: Store) -> None:

@@ -8,10 +8,11 @@ in common), averaged over layers. The control shuffles the sets' sequences among
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -21,12 +22,16 @@ from scipy.spatial.distance import jensenshannon
 from harness import stages
 from harness.commandline import refuse_politely
 from harness.errors import UserError
+from harness.models import Model
 from harness.report import markdown
 from harness.spec import Cell, expand
 from harness.store import Store, key, say
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = 16  # of a set's sequences, counted apart so that the control can shuffle them
 SHUFFLES = 200
@@ -35,8 +40,7 @@ SHUFFLES = 200
 def counts(cell: Cell, store: Store) -> np.ndarray:
     """Choices of each expert in each part of the cell's calibration set, int64 [parts, layers, experts]."""
     ids = stages.tokens(cell, store)
-    digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    name = key(model=cell.model.digest, tokens=digest, parts=PARTS, **cell.observed_how()) + ".npy"
+    name = key(parts=PARTS, **stages.observed(cell, ids)) + ".npy"
     path = store.path("usage", name)
     say("usage", cell.calibration.name, "cached" if path.exists() else f"{ids.size} tokens")
 
@@ -50,12 +54,18 @@ def counts(cell: Cell, store: Store) -> np.ndarray:
 def _count(cell: Cell, ids: np.ndarray) -> np.ndarray:
     from harness.calibrate import calibrate, packed_batches
 
-    model = cell.model.load(cell.calibration.dtype)
+    model = _loaded(cell.model, cell.calibration.dtype)
     parts = [
         calibrate(model, packed_batches(part, cell.calibration.batch_size))
         for part in np.array_split(ids, min(PARTS, len(ids)))
     ]
     return np.stack([[layer["count"] for layer in part.layers.values()] for part in parts]).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(model: Model, dtype: str) -> PreTrainedModel:
+    """Loaded once for all calibration sets."""
+    return model.load(dtype)
 
 
 def shares(counted: np.ndarray) -> np.ndarray:
@@ -123,8 +133,7 @@ def main() -> int:
     """Print the divergences, and draw the usages."""
     sweep = expand(sys.argv[1:])
     cells = {(cell.model.name, cell.calibration.name): cell for cell in sweep.cells}
-    models = {name for name, _ in cells}
-    if len(cells) < 2 or len(models) > 1:
+    if len(cells) < 2 or len({name for name, _ in cells}) > 1:
         raise UserError("Name one model and several calibration sets, as in calibration=tiny_code,tiny_sums.")
     for cell in cells.values():
         cell.model.check_compressible()
@@ -132,8 +141,8 @@ def main() -> int:
     sets = {name: counts(cell, sweep.store) for (_, name), cell in cells.items()}
     print(markdown(table(sets)), conclusion(sets), sep="\n\n")
     for suffix in ("png", "pdf"):
-        name = f"usage-{models.copy().pop()}.{suffix}"
-        print(sweep.store.put("figures", name, lambda path, suffix=suffix: draw(sets, suffix, path)))  # type: ignore[misc]
+        name = f"usage-{sweep.cells[0].model.name}.{suffix}"
+        print(sweep.store.put("figures", name, functools.partial(draw, sets, suffix)))
     return 0
 
 

@@ -54,16 +54,20 @@ class TaskFile:
         return config
 
     @cached_property
+    def splits(self) -> dict[str, list[Path]]:
+        """Local files by split; none for a task on the hub's data."""
+        return {split: [Path(file) for file in files] for split, files in (_data_files(self.config) or {}).items()}
+
+    @property
     def data_files(self) -> list[Path]:
-        """Local files of all splits; none for a task on the hub's data."""
-        given = (self.config.get("dataset_kwargs") or {}).get("data_files") or {}
-        return [Path(file) for files in given.values() for file in files]
+        """Local files of all splits."""
+        return [file for files in self.splits.values() for file in files]
 
     def identity(self) -> dict[str, Any]:
         """What determines items and scoring, wherever it lies: the resolved file, its functions and local data."""
         folder = self.path.parent
-        if self.path.is_relative_to(_stock_folder()):
-            folder = _stock_folder()
+        if self.path.is_relative_to(stock_folder()):
+            folder = stock_folder()
         files = [*_function_files(self.config), *self.data_files]
         config = json.dumps(self.config, sort_keys=True, default=str)
         for place in filter(None, (folder, self.data_dir)):
@@ -76,10 +80,10 @@ class TaskFile:
     def count(self, original: int) -> int:
         """Rows of the scored split where we can count them, else what lm-eval says."""
         scored = self.config.get("test_split") or self.config.get("validation_split")
-        files = (self.config.get("dataset_kwargs") or {}).get("data_files", {}).get(scored, [])
-        if len(files) != 1 or not files[0].endswith(".jsonl") or "process_docs" in self.config:
+        files = self.splits.get(scored, []) if scored else []
+        if len(files) != 1 or files[0].suffix != ".jsonl" or "process_docs" in self.config:
             return original
-        return sum(1 for line in Path(files[0]).read_text().split("\n") if line.strip())
+        return sum(1 for line in files[0].read_text().split("\n") if line.strip())
 
     def _relative(self, path: Path, folder: Path) -> str:
         inside_data = self.data_dir is not None and path.is_relative_to(self.data_dir)
@@ -129,13 +133,14 @@ def task_paths(label: str, task_file: str) -> list[Path]:
     if not task_file.startswith(STOCK):
         return [ROOT / task_file]
     pattern = task_file.removeprefix(STOCK)
-    paths = sorted(path for path in _stock_folder().glob(pattern) if not path.name.startswith("_"))
+    paths = sorted(path for path in stock_folder().glob(pattern) if not path.name.startswith("_"))
     if not paths:
-        raise UserError(f"{label}: lm-eval ships no task file {pattern!r}. They lie in {_stock_folder()}.")
+        raise UserError(f"{label}: lm-eval ships no task file {pattern!r}. They lie in {stock_folder()}.")
     return paths
 
 
-def _stock_folder() -> Path:
+def stock_folder() -> Path:
+    """Where lm-eval's own task files lie."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "tasks"
@@ -157,12 +162,17 @@ def _function_files(config: Any) -> list[Path]:
 
 def _absolute(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """With every data file as an absolute path, by split."""
-    given = (config.get("dataset_kwargs") or {}).get("data_files")
+    given = _data_files(config)
     if not given:
         return config
     splits = given if isinstance(given, Mapping) else {"train": given}
     files = {split: [str(folder / file) for file in _as_list(names)] for split, names in splits.items()}
     return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "data_files": files}}
+
+
+def _data_files(config: Mapping[str, Any]) -> Any:
+    """The entry ``dataset_kwargs: {data_files: ...}``, in whichever form it is written; None if there is none."""
+    return (config.get("dataset_kwargs") or {}).get("data_files")
 
 
 def _as_list(files: str | Sequence[str]) -> list[str]:

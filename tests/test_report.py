@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from harness import plot, report
-from harness.spec import Sweep
+from harness.spec import Cell, Sweep
 from harness.store import Store
 
 
@@ -49,6 +49,10 @@ class FakeCell:
     def compresses(self) -> bool:
         return self.ratio > 0
 
+    @property
+    def row(self) -> dict[str, Any]:
+        return Cell.row.fget(self)  # type: ignore[attr-defined]
+
     def record_name(self, task: FakeTask) -> str:
         on = self.calibration.name if self.calibrates else ""
         seed = self.seed if self.compresses else 0
@@ -83,6 +87,10 @@ def filled(tmp_path: Path) -> Sweep:
         write_record(sweep.store, reap, task, value)
     write_record(sweep.store, ean, ean.tasks[0], None)
     return sweep
+
+
+def test_the_columns_are_what_names_a_cell() -> None:
+    assert list(FakeCell("REAP", 0.25).row) == report.CELL
 
 
 def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:

@@ -5,18 +5,16 @@ lm-eval's own module insists on antlr4 4.11 and Hydra needs 4.9, so it cannot be
 """
 
 import ast
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 from math_verify import parse, verify
 
+from tasks.lm_task import stock_folder
+
 
 def worked_examples() -> list[dict[str, str]]:
     """The four examples of lm-eval's file, read from its source: problem, solution and the mark ``few_shot``."""
-    spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None and spec.origin is not None
-    source = Path(spec.origin).parent / "tasks" / "minerva_math" / "utils.py"
+    source = stock_folder() / "minerva_math" / "utils.py"
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name == "list_fewshot_samples":
             (statement,) = node.body

@@ -7,8 +7,6 @@ Prints a table, item by item what differs, and ends with status 1 if that is mor
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,29 +15,17 @@ from typing import Any
 
 import pandas as pd
 
+from harness import stages
 from harness.commandline import checked, refuse_politely
 from harness.errors import StageError
 from harness.report import markdown
 from harness.run import run
-from harness.spec import Cell
-from harness.store import Store
-from tasks import Task
 from tasks.lm_harness import LmEval
 
 SETTING = ("model=smol_dense", "suite=smol", "method=none", "serve.dtype=float32")
 ALLOWED = 0.01
 
 Samples = Sequence[Mapping[str, Any]]
-
-
-def ours(cell: Cell, task: Task, store: Store) -> Samples:
-    """The items of the record that the flow made of this task."""
-    record = store.read_json("records", cell.record_name(task))
-    if record is None or record["status"] != "done":
-        raise StageError(f"{task.name} has no score: {record and record['error']}")
-    name = record["score"].replace(".json", ".jsonl.gz")
-    with gzip.open(store.path("samples", name), "rt") as file:
-        return [json.loads(line) for line in file]
 
 
 def theirs(folder: Path, tasks: Sequence[LmEval]) -> list[Samples]:
@@ -80,7 +66,10 @@ def main() -> int:
     run(cell, sweep.store)
     tasks = [task for task in cell.tasks if isinstance(task, LmEval)]
     plain = theirs(cell.model.folder, tasks)
-    rows = [compare(task.name, ours(cell, task, sweep.store), other) for task, other in zip(tasks, plain, strict=True)]
+    rows = [
+        compare(task.name, stages.samples(cell, task, sweep.store), other)
+        for task, other in zip(tasks, plain, strict=True)
+    ]
     print(markdown(pd.DataFrame(rows).set_index("benchmark")))
     return int(any(row["items that differ"] > ALLOWED * row["n"] for row in rows))
 
