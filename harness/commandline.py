@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from harness import stages
 from harness.errors import UserError
-from harness.spec import Sweep, expand
+from harness.sweep import Sweep, expand
 
 
 def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:

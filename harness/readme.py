@@ -15,7 +15,7 @@ from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.models import ROOT
 from harness.report import costs, footer, frame, markdown, scores
-from harness.spec import expand
+from harness.sweep import expand
 
 END = "<!-- end of table -->"
 SIZES = ["experts written per layer", "distinct", "MB written", "MB distinct"]

@@ -17,11 +17,13 @@ import pandas as pd
 
 from harness.commandline import refuse_politely
 from harness.plot import plot
-from harness.spec import Sweep, expand
+from harness.spec import Row
 from harness.store import Store
+from harness.sweep import Sweep, expand
 
 NOT_RUN, FAILED = "—", "✗"
-CELL = ["model", "label", "calibration", "ratio", "seed"]  # the columns of Cell.row
+CELL = list(Row._fields)
+CALIBRATED = ["calibration"]  # of these, what is "none" for a method that reads no calibration statistics
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -31,7 +33,7 @@ def frame(sweep: Sweep) -> pd.DataFrame:
     for cell in sweep.cells:
         for task in cell.tasks:
             found = sweep.store.read_json("records", cell.record_name(task))
-            rows += _rows({**cell.row, "task": task.name}, found)
+            rows += _rows({**cell.row._asdict(), "task": task.name}, found)
     return pd.DataFrame(rows).drop_duplicates([*CELL, "task", "metric"]).reset_index(drop=True)
 
 
@@ -66,16 +68,16 @@ def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 def by_row(tidy: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
     """The table's rows, named by `row_names`, each with its part of the tidy frame: all seeds, tasks and metrics."""
-    several = "calibration" in row_names(tidy)
-    for (model, label, calibration, ratio), group in tidy.groupby(CELL[:-1], sort=False):
-        on = (str(calibration),) if several else ()
-        yield (str(model), str(label), *on, f"{ratio:.4g}"), group
+    names = row_names(tidy)
+    for values, group in tidy.groupby([column for column in CELL if column != "seed"], sort=False):
+        row = {**dict(zip(CELL, values, strict=False)), "method": values[CELL.index("label")]}
+        yield tuple(f"{row[name]:.4g}" if name == "ratio" else str(row[name]) for name in names), group
 
 
 def row_names(tidy: pd.DataFrame) -> list[str]:
-    """What names a row; the calibration set only where there are several to tell apart."""
-    several = len(set(tidy["calibration"]) - {"none"}) > 1
-    return ["model", "method", *(["calibration"] if several else []), "ratio"]
+    """What names a row: how a method was calibrated only where there are several ways to tell apart."""
+    several = [column for column in CALIBRATED if len(set(tidy[column]) - {"none"}) > 1]
+    return ["model", "method", *several, "ratio"]
 
 
 def scores(tidy: pd.DataFrame) -> pd.DataFrame:

@@ -252,12 +252,8 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
     """One JSON for one cell on one task: what was asked, what it is made of, and either its score or why it failed."""
     document: dict[str, Any] = {
         "status": "failed" if error else "done",
-        "model": cell.model.name,
+        **cell.row._asdict(),
         "method": type(cell.method).__module__.removeprefix("methods."),
-        "label": cell.label,
-        "ratio": cell.ratio,
-        "seed": cell.seed if cell.compresses else None,
-        "calibration": cell.calibration.name if cell.calibrates else None,
         "task": task.name,
         "cell": cell.identity(),
         "original": {"parameters": cell.model.parameters, "bytes": cell.model.nbytes},

@@ -24,8 +24,9 @@ from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.models import Model
 from harness.report import markdown
-from harness.spec import Cell, expand
+from harness.spec import Cell
 from harness.store import Store, key, say
+from harness.sweep import expand
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from harness.build import build
 from harness.models import ROOT, Model
 from harness.serve import VLLM
-from harness.spec import _build
 from harness.stats import EXTRAS, ROUTED, LayerStats, Stats
 
 SHARED = ROOT.parent / "shared"
@@ -23,7 +23,7 @@ EXPERTS, TOP_K, HIDDEN = 8, 2, 32
 def vllm(**changes: object) -> VLLM:
     """vLLM as conf/serve/vllm.yaml sets it up, with these changes."""
     settings = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "serve" / "vllm.yaml"))
-    return _build("serve", {**settings, **changes})
+    return build("serve", {**settings, **changes})
 
 
 def needs_shared(path: str) -> Path:

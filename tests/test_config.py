@@ -13,7 +13,8 @@ import pytest
 from harness import run
 from harness.errors import UserError
 from harness.models import ROOT
-from harness.spec import Cell, expand
+from harness.spec import Cell
+from harness.sweep import expand
 from tests.conftest import SHARED, needs_shared, write_model
 
 GROUPS = {

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from harness import checkpoint
+from harness.build import build
 from harness.calibrate import calibrate
 from harness.models import ROOT
 from harness.plan import LayerPlan, Plan
-from harness.spec import _build
 from harness.stats import EXTRAS, ROUTED, LayerStats, Stats
 from methods import Method
 from methods.ean import EAN
@@ -38,7 +38,7 @@ def make(name: str, folder: Path = ROOT / "conf" / "method") -> Method:
     config = OmegaConf.merge({"seed": 0}, {"method": OmegaConf.load(folder / f"{name}.yaml")})
     fields = OmegaConf.to_container(config, resolve=True)["method"]
     assert fields.pop("label"), f"{name}.yaml has no label for tables"
-    return _build("method", fields)
+    return build("method", fields)
 
 
 def keep_all(stats: Stats, keep: int) -> dict[int, int]:

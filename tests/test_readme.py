@@ -13,7 +13,7 @@ import pytest
 from harness import readme
 from harness.errors import UserError
 from harness.models import ROOT
-from harness.spec import expand
+from harness.sweep import expand
 
 README = (ROOT / "README.md").read_text()
 
@@ -80,7 +80,7 @@ def test_the_conformance_tests_find_the_new_method(checkout: Path) -> None:
 
 def test_the_new_method_composes_into_a_cell(checkout: Path) -> None:
     code = (
-        "from harness.spec import expand; import numpy as np\n"
+        "from harness.sweep import expand; import numpy as np\n"
         "from harness.stats import LayerStats\n"
         "sweep = expand(['method=gate_mass', 'ratio=0.25']); sweep.check(); cell, = sweep.cells\n"
         "layer = LayerStats(3, 9, {'gate': np.array([1.0, 3, 2])})\n"

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from harness import plot, report
-from harness.spec import Cell, Sweep
+from harness.spec import Cell
 from harness.store import Store
+from harness.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,6 @@ def filled(tmp_path: Path) -> Sweep:
         write_record(sweep.store, reap, task, value)
     write_record(sweep.store, ean, ean.tasks[0], None)
     return sweep
-
-
-def test_the_columns_are_what_names_a_cell() -> None:
-    assert list(FakeCell("REAP", 0.25).row) == report.CELL
 
 
 def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:

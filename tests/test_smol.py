@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness import run
 from harness.errors import StageError, UserError
 from harness.models import ROOT, Model
-from harness.spec import expand
+from harness.sweep import expand
 from tasks.smol import build, parity
 from tests.conftest import needs_shared
 

@@ -12,7 +12,7 @@ import pytest
 from lm_eval.api.model import LM
 
 from harness.errors import StageError, UserError
-from harness.spec import expand
+from harness.sweep import expand
 from tasks import Task
 from tasks.evalplus_code import EvalPlus
 from tasks.lm_harness import LmEval

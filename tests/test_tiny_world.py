@@ -17,7 +17,7 @@ from evalplus.gen.util import trusted_exec
 from transformers import AutoConfig, AutoTokenizer, Qwen3MoeForCausalLM
 
 from harness import usage
-from harness.spec import expand
+from harness.sweep import expand
 from tasks.tiny import build, train
 from tasks.tiny.evaluate import complete, facts_choices, facts_correct, final_answer, sums_correct, sums_prompt
 from tasks.tiny.experts import register

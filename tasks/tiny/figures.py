@@ -11,7 +11,7 @@ import matplotlib
 import pandas as pd
 
 from harness import usage
-from harness.spec import expand
+from harness.sweep import expand
 from tasks.tiny.world import DOMAINS
 
 matplotlib.use("Agg")

@@ -1,0 +1,84 @@
+"""The cells of a whole command line, one or a grid, composed as Hydra will and checked before any runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.build import CONF, one_message
+from harness.errors import UserError
+from harness.spec import Cell, cell_of
+from harness.store import Store
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every cell that a command line asks for: one, or the grid of a multirun."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    store: Store
+    is_grid: bool = True  # whether a setting has several values, which Hydra must be told
+
+    @property
+    def extras(self) -> list[str]:
+        """Extra statistics that some cell needs: gathered in the one pass that all share."""
+        return sorted(frozenset().union(*(cell.extras for cell in self.cells)))
+
+    def check(self) -> None:
+        """Raise UserError, before any work, for everything that cannot work. What cells share is looked at once."""
+        for cell in self.cells:
+            cell.check()
+        for calibration in dict.fromkeys(cell.calibration for cell in self.cells if cell.calibrates):
+            calibration.check()
+        for task in dict.fromkeys(task for cell in self.cells for task in cell.tasks):
+            task.check()
+
+
+def expand(overrides: Sequence[str]) -> Sweep:
+    """Compose every cell of the command line, as Hydra will, without running any. Raises UserError."""
+    arguments = [argument for argument in overrides if argument not in ("-m", "--multirun")]
+    if flags := [argument for argument in arguments if argument.startswith("-")]:
+        raise UserError(f"Unknown option {flags[0]}. Give settings as name=value, for example method=reap ratio=0.25.")
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            first = compose("config", overrides=_single(arguments), return_hydra_config=True)
+            params = [f"{name}={value}" for name, value in (first.hydra.sweeper.params or {}).items()]
+            parsed = OverridesParser.create().parse_overrides([*params, *arguments])
+            grid = itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None))
+            configs = [compose("config", overrides=list(job)) for job in grid]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_message(error)) from error
+    name = first.hydra.runtime.choices.get("sweep") or "run"
+    cells = tuple(cell_of(config) for config in configs)
+    _check_rows(cells)
+    is_grid = any(override.is_sweep_override() for override in parsed)
+    return Sweep(name, cells, Store(Path(configs[0].store)), is_grid)
+
+
+def _check_rows(cells: Sequence[Cell]) -> None:
+    """Raise UserError if cells that differ would share a row of the table, where they would be mixed up."""
+    rows: dict[tuple, Cell] = {}
+    for cell in cells:
+        for task in cell.tasks:
+            row = (*cell.row, task.name)
+            if rows.setdefault(row, cell).record_name(task) != cell.record_name(task):
+                raise UserError(
+                    f"Two cells of this sweep would share the table row {', '.join(map(str, row))} though they differ. "
+                    "Sweep over method, ratio, seed, or models and calibrations with names of their own; run anything "
+                    "else on its own."
+                )
+
+
+def _single(arguments: Sequence[str]) -> list[str]:
+    """The command line without its sweeps (``method=a,b``): enough to find a sweep file's parameters."""
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    return [argument for argument, override in zip(arguments, parsed, strict=True) if not override.is_sweep_override()]
