@@ -34,8 +34,7 @@ def build(group: str, fields: Mapping[str, Any]) -> Any:
         kind = get_class(str(fields["_target_"]))
     except (HydraException, ImportError, KeyError, ValueError) as error:
         raise UserError(f"conf/{group}: there is no class {fields.get('_target_')}: {error}") from error
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    del given["_target_"]
+    given = {name: _value(group, value) for name, value in fields.items() if name != "_target_"}
     types = {field.name: getattr(field.type, "__name__", str(field.type)) for field in dataclasses.fields(kind)}
     for name, value in given.items():
         if name not in types:
@@ -47,6 +46,13 @@ def build(group: str, fields: Mapping[str, Any]) -> Any:
         return kind(**given)
     except TypeError as error:  # a parameter is missing
         raise UserError(f"conf/{group}: {error}") from error
+
+
+def _value(group: str, value: Any) -> Any:
+    """A value as a frozen dataclass holds it: lists as tuples, a mapping with ``_target_`` as the object it names."""
+    if isinstance(value, Mapping) and "_target_" in value:
+        return build(group, value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fits(value: object, annotation: str) -> bool:

@@ -7,8 +7,7 @@ scaled, sigmoid, correction bias, groups: all already applied). We register ours
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,35 +15,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from harness import sums
+from harness.blocks import compress_block, layer_index, moe_blocks
 from harness.errors import StageError, UserError
-from harness.stats import EXTRAS, LayerStats, Stats
+from harness.plan import LayerPlan
+from harness.residual import ResidualHooks
+from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
 
-PAIRS_AT_ONCE = 16_384  # (token, expert) pairs of an all-expert chunk: bounds its memory
+Batches = Iterable[tuple[Tensor, Tensor]]  # token ids and attention mask, both int64 [B, T]
 
 
 def calibrate(
-    model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], extras: frozenset[str] = frozenset()
+    model: PreTrainedModel, batches: Batches, extras: frozenset[str] = frozenset(), routing: str = "actual"
 ) -> Stats:
     """Gather the statistics of every MoE layer.
 
     batches: pairs of token ids and attention mask, both int64 [B, T]; masked tokens (0) count for nothing.
     extras: which of `harness.stats.EXTRAS` to gather besides the routed sums.
+    routing: ``actual``, the experts and gates the model really used, or ``paper``, those that REAP's published code
+    takes instead (`harness.sums.paper_routing`).
     Raises UserError if the architecture does not use the seam, StageError at the first layer whose experts' outputs
     are not finite.
     """
-    observer = Observer(model, extras)
-    with observer.attached(), torch.no_grad():
-        for ids, mask in batches:
-            observer.mask = mask.bool().flatten()
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+    observer = Observer(model, extras, routing)
+    observer.watch(batches)
     if not observer.layers:
         raise UserError(
             f"{type(model).__name__} does not route its experts through transformers' experts interface, so its "
             "experts cannot be observed. Architectures with fused experts modules of transformers 5 can."
         )
     return Stats({index: layer.finish() for index, layer in sorted(observer.layers.items())})
+
+
+def calibrate_in_sequence(
+    model: PreTrainedModel,
+    batches: Batches,
+    extras: frozenset[str],
+    routing: str,
+    decide: Callable[[int, LayerStats], LayerPlan],
+) -> dict[int, LayerPlan]:
+    """Layer by layer: observe a layer behind the layers already compressed, ``decide`` its plan, compress it in memory.
+
+    The model is changed. Costs one forward up to each layer: half as many full passes as there are layers.
+    """
+    batches = list(batches)
+    plans: dict[int, LayerPlan] = {}
+    for layer, block in moe_blocks(model).items():
+        observer = Observer(model, extras, routing, only=layer)
+        observer.watch(batches)
+        plans[layer] = decide(layer, observer.layers[layer].finish())
+        compress_block(block, layer, plans[layer])
+    return plans
 
 
 @dataclass
@@ -55,31 +78,63 @@ class Accumulator:
     tokens: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            combine = torch.maximum if name in MAXIMA else torch.add
+            self.sums[name] = combine(self.sums[name], value) if name in self.sums else value
 
     def finish(self) -> LayerStats:
         return LayerStats(self.experts, self.tokens, {k: v.cpu().numpy() for k, v in self.sums.items()})
 
 
-class Observer:
-    """Stands in for the model's experts function and adds up what passes through it."""
+class _LayerSeen(Exception):  # noqa: N818 - not an error
+    """The layer that was to be observed has been; the rest of the forward pass is not needed."""
 
-    def __init__(self, model: PreTrainedModel, extras: frozenset[str]) -> None:
+
+class Observer:
+    """Stands in for the model's experts function and adds up what passes through it.
+
+    only: the one layer to observe; the pass ends there.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, extras: frozenset[str], routing: str = "actual", only: int | None = None
+    ) -> None:
         assert extras <= set(EXTRAS), extras
+        assert routing in ("actual", "paper"), routing
         self.model = model
         self.extras = extras
+        self.routing = routing
+        self.only = only
+        self.renormalise = bool(getattr(model.config.get_text_config(), "norm_topk_prob", False))  # as published
         self.layers: dict[int, Accumulator] = {}
         self.mask: Tensor | None = None
         self.logits: dict[int, Tensor] = {}
         self.index_of = {module: layer_index(name) for name, module in model.named_modules()}
+        self.residual = ResidualHooks(model)
+
+    @property
+    def reads_logits(self) -> bool:
+        return self.routing == "paper" or bool(self.extras & {"logit_gram", "all_gated_output_sum"})
+
+    def watch(self, batches: Batches) -> None:
+        """Run the model over the batches and add up."""
+        with self.attached(), torch.no_grad():
+            for ids, mask in batches:
+                self.mask = mask.bool().flatten()
+                device = self.model.device
+                try:
+                    self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+                except _LayerSeen:
+                    continue
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Within this context the model's experts run through `forward` and its routers' logits are seen."""
         before = self.model.config._experts_implementation
         ALL_EXPERTS_FUNCTIONS.register("observed", self.forward)
-        hooks = list(self._hook_routers()) if "logit_gram" in self.extras else []
+        hooks = list(self._hook_routers()) if self.reads_logits else []
+        hooks += list(self.residual.attach()) if "gate_norm_turn" in self.extras else []
         try:
             self._use("observed")
             yield
@@ -99,8 +154,8 @@ class Observer:
         recorder = (getattr(self.model, "_can_record_outputs", None) or {}).get("router_logits")
         if recorder is None:
             raise UserError(
-                f"{type(self.model).__name__} does not say where its router logits are, which a chosen method needs "
-                "(logit_gram). Choose a method that reads routed statistics only, such as reap."
+                f"{type(self.model).__name__} does not say where its router logits are, which routing=paper and some "
+                "methods need. Choose routing=actual and a method that reads routed statistics only, such as reap."
             )
         target, position = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
         for module in self.model.modules():
@@ -116,69 +171,63 @@ class Observer:
 
     def forward(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts function. hidden [N, H], index [N, k] expert ids, weight [N, k] gates; returns [N, H]."""
-        outputs = routed_outputs(experts, hidden, index)
-        self._observe(experts, hidden, index, weight, outputs)
+        layer = self.index_of[experts]
+        outputs = sums.routed_outputs(experts, hidden, index)
+        if self.only is None or self.only == layer:
+            assert self.mask is not None and len(self.mask) == len(hidden), "the experts see every token of the batch"
+            mask = self.mask.to(hidden.device)
+            logits = self.logits.pop(layer)[mask] if self.reads_logits else None
+            routed: tuple[Tensor, ...] = (index[mask], weight[mask], outputs[mask])
+            if self.routing == "paper":
+                assert logits is not None
+                routed = self._as_published(experts, hidden[mask], logits, index.shape[1])
+            self._observe(experts, hidden[mask], mask, routed, logits)
+            if self.only == layer:
+                raise _LayerSeen
         return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 
-    def _observe(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, outputs: Tensor) -> None:
-        layer = self.index_of[experts]
-        assert self.mask is not None and len(self.mask) == len(hidden), "the experts see every token of the batch"
-        mask = self.mask.to(hidden.device)
-        here = self.layers.setdefault(layer, Accumulator(int(experts.num_experts)))  # type: ignore[arg-type]
-        here.tokens += int(mask.sum())
-        routed = routed_sums(index[mask], weight[mask], outputs[mask], here.experts)
-        if not torch.isfinite(routed["gate_norm"]).all():
+    def _as_published(self, experts: nn.Module, hidden: Tensor, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+        index, weight = sums.paper_routing(logits, top_k, self.renormalise)
+        return index, weight, sums.routed_outputs(experts, hidden, index)
+
+    def _observe(
+        self, experts: nn.Module, hidden: Tensor, mask: Tensor, routed: tuple[Tensor, ...], logits: Tensor | None
+    ) -> None:
+        """Add up one batch of one layer; every tensor but ``mask`` holds unmasked tokens only."""
+        index, weight, outputs = routed
+        layer, count = self.index_of[experts], int(experts.num_experts)  # type: ignore[arg-type]
+        here = self.layers.setdefault(layer, Accumulator(count))
+        here.tokens += len(hidden)
+        found = sums.routed_sums(index, weight, outputs, count)
+        if not torch.isfinite(found["gate_norm"]).all():
             raise StageError(f"Calibration: experts of layer {layer} gave outputs that are not finite.")
-        for name, value in routed.items():
-            here.add(name, value)
-        if "all_output_sum" in self.extras:
-            here.add("all_output_sum", all_output_sum(experts, hidden[mask], here.experts))
-        if "logit_gram" in self.extras:
-            logits = self.logits.pop(layer)[mask].double()
-            here.add("logit_gram", logits.T @ logits)
+        here.add(found)
+        extra: dict[str, Callable[[], Tensor]] = {
+            "coactivation": lambda: sums.coactivation(index, count),
+            "gated_norm_gram": lambda: sums.gated_norm_gram(index, weight, outputs, count),
+            "gated_output_gram": lambda: sums.gated_output_gram(index, weight, outputs, count),
+            "gate_norm_turn": lambda: sums.gate_norm_turn(
+                index, weight, outputs, self.residual.pop(layer, mask), count
+            ),
+            "logit_gram": lambda: _gram(logits),
+        }
+        here.add({name: extra[name]() for name in self.extras & extra.keys()})
+        self._observe_all_experts(here, experts, hidden, logits)
+
+    def _observe_all_experts(
+        self, here: Accumulator, experts: nn.Module, hidden: Tensor, logits: Tensor | None
+    ) -> None:
+        wanted = self.extras & {"all_output_sum", "all_gated_output_sum"}
+        if wanted:
+            gate = logits.float().softmax(dim=-1) if logits is not None else None
+            plain, gated = sums.all_output_sums(experts, hidden, gate, here.experts)
+            found = {"all_output_sum": plain, "all_gated_output_sum": gated}
+            here.add({name: found[name] for name in wanted})
 
 
-def routed_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
-    """f_j(x) before the gate for every token and selected expert: [N, k, H].
-
-    Every (token, expert) pair is given to transformers' own implementation as a token of its own with gate 1, so
-    biases, gating functions and transposed layouts are the library's business.
-    """
-    tokens, k = index.shape
-    pairs = hidden.repeat_interleave(k, dim=0)
-    ones = torch.ones(tokens * k, 1, dtype=hidden.dtype, device=hidden.device)
-    return grouped_mm_experts_forward(experts, pairs, index.reshape(-1, 1), ones).view(tokens, k, -1)
-
-
-def routed_sums(index: Tensor, weight: Tensor, outputs: Tensor, experts: int) -> dict[str, Tensor]:
-    """The sums of `harness.stats.ROUTED` for one batch, float64 [E] each."""
-    norm = torch.linalg.vector_norm(outputs.float(), dim=-1).double()
-    gate = weight.double()
-    each = {
-        "count": torch.ones_like(gate),
-        "gate": gate,
-        "norm": norm,
-        "norm_sq": norm**2,
-        "gate_norm": gate * norm,
-        "gate_sq_norm_sq": (gate * norm) ** 2,
-    }
-    zeros = torch.zeros(experts, dtype=torch.float64, device=index.device)
-    return {name: zeros.index_add(0, index.reshape(-1), value.reshape(-1)) for name, value in each.items()}
-
-
-def all_output_sum(experts: nn.Module, hidden: Tensor, count: int) -> Tensor:
-    """Sum over all tokens of every expert's output, float64 [E, H], a chunk of tokens at a time."""
-    total = torch.zeros(count, hidden.shape[-1], dtype=torch.float64, device=hidden.device)
-    for chunk in hidden.split(max(1, PAIRS_AT_ONCE // count)):
-        every = torch.arange(count, device=hidden.device).expand(len(chunk), count)
-        total += routed_outputs(experts, chunk, every).sum(dim=0, dtype=torch.float64)
-    return total
-
-
-def layer_index(module_name: str) -> int:
-    """``model.layers.3.mlp.experts`` -> 3; -1 for modules outside the decoder layers."""
-    match = re.search(r"(?:^|\.)layers\.(\d+)\.", module_name + ".")
-    return int(match[1]) if match else -1
+def _gram(logits: Tensor | None) -> Tensor:
+    assert logits is not None
+    return logits.double().T @ logits.double()
 
 
 def packed_batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

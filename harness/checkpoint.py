@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import tensors
+from harness.align import unit_order
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, Model, Role, role
 from harness.plan import LayerPlan, Plan, Source
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 # Plain floating-point types of safetensors, by torch's names. Other types pass through as bytes.
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 MERGEABLE = ("BF16", "F16", "F32")
+
+# An expert's matrices by where its hidden units are: the rows of gate and up, the columns of down.
+UNITS_FIRST = ("gate_proj.weight", "up_proj.weight", "w1.weight", "w3.weight")
+UNITS_LAST = ("down_proj.weight", "w2.weight")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def measure(model: Model, plan: Plan) -> Size:
     """The size of the checkpoint `export` would write, from headers only."""
     parameters = written = distinct = 0
     for name, tensor in model.tensors.items():
-        here = role(name, tensor, model.experts)
+        here = role(name, tensor.shape, model.experts)
         layer = plan.layers.get(here.layer)
         share, distinct_share = 1.0, 1.0
         if layer is not None and here.kind != "other":
@@ -115,12 +120,13 @@ class _Writer:
         self.model = model
         self.plan = plan
         self.merged: dict[tuple[int, str], bytes] = {}  # of the layer being written: (slot, part) -> bytes
+        self.orders: dict[int, torch.Tensor] = {}  # of its experts that are aligned to another's hidden units
         self.merged_layer = -1
 
     def jobs(self, name: str) -> list[_Job]:
         """The new tensors that stand where tensor ``name`` stood: one, or none if its expert is dropped."""
         tensor = self.model.tensors[name]
-        here = role(name, tensor, self.model.experts)
+        here = role(name, tensor.shape, self.model.experts)
         layer = self.plan.layers.get(here.layer)
         if layer is None or here.kind == "other":
             return [_Job(Entry(name, tensor.dtype, tensor.shape, tensor.nbytes), name, Role("other"))]
@@ -152,13 +158,39 @@ class _Writer:
             return tensor_of[sources[0].expert].read()
         if self.merged_layer != here.layer:
             self.merged, self.merged_layer = {}, here.layer
+            self.orders = {
+                source.expert: unit_order(self._units(here.prefix, reference), self._units(here.prefix, source.expert))
+                for reference, source in layer.aligned_pairs()
+            }
         if (slot, here.part) not in self.merged:
-            parts = [(tensor_of[source.expert].read(), source.weight) for source in sources]
+            parts = [(self._ordered(tensor_of[s.expert], s.expert, here.part), s.weight) for s in sources]
             dtype = tensor_of[sources[0].expert].dtype
             self.merged[slot, here.part] = weighted_mean(parts, dtype)
         return self.merged[slot, here.part]
 
+    def _units(self, prefix: str, expert: int) -> list[torch.Tensor]:
+        """An expert's matrices with one row per hidden unit. Raises UserError for experts of other parts."""
+        parts = {part: self.model.tensors.get(f"{prefix}{expert}.{part}") for part in (*UNITS_FIRST, *UNITS_LAST)}
+        present = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        if len(present) != 3:
+            raise UserError(
+                f"Hidden units of expert {prefix}{expert} cannot be aligned: it is not stored as gate, up and down "
+                "matrices. Merge without alignment."
+            )
+        return [_matrix(tensor) if part in UNITS_FIRST else _matrix(tensor).T for part, tensor in present.items()]
+
+    def _ordered(self, tensor: Tensor, expert: int, part: str) -> bytes:
+        """An expert's matrix, its hidden units in the order that the plan's alignment asks for."""
+        order = self.orders.get(expert)
+        if order is None:
+            return tensor.read()
+        matrix = _matrix(tensor)
+        ordered = matrix[order] if part in UNITS_FIRST else matrix[:, order]
+        return _encoded(ordered)
+
     def _rows(self, layer: LayerPlan, here: Role, tensor: Tensor) -> bytes:
+        if layer.align and here.kind == "fused":
+            raise UserError("Experts stored in one fused tensor cannot be aligned. Merge without alignment.")
         rowwise = Tensor(tensor.file, tensor.dtype, (len(layer.routes),), tensor.start, tensor.end)
         if here.kind == "router":
             return rowwise.read_rows(layer.kept_rows)
@@ -183,12 +215,24 @@ def weighted_mean(parts: list[tuple[bytes, float]], dtype: str) -> bytes:
         )
     total = torch.zeros(())
     for data, weight in parts:
-        values = _decoded(data, dtype)
+        values = decoded(data, dtype)
         total = total + weight * values.float()
-    return total.to(values.dtype).view(torch.uint8).numpy().tobytes()
+    return _encoded(total.to(values.dtype))
 
 
-def _decoded(data: bytes, dtype: str) -> torch.Tensor:
+def _encoded(values: torch.Tensor) -> bytes:
+    import torch
+
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _matrix(tensor: Tensor) -> torch.Tensor:
+    if tensor.dtype not in MERGEABLE or len(tensor.shape) != 2:
+        raise UserError(f"Experts stored as {tensor.dtype} {tensor.shape} cannot be aligned. Merge without alignment.")
+    return decoded(tensor.read(), tensor.dtype).reshape(tensor.shape)
+
+
+def decoded(data: bytes, dtype: str) -> torch.Tensor:
     """Raw bytes of one of the types in FLOATS as a flat tensor."""
     import torch
 
@@ -238,7 +282,7 @@ def check_structure(model: Model) -> None:
     routers: dict[int, dict[str, tuple[int, ...]]] = {layer: {} for layer in model.experts}
     expected = {layer: model.expert_count for layer in model.experts}
     for name, tensor in model.tensors.items():
-        here = role(name, tensor, expected)
+        here = role(name, tensor.shape, expected)
         if here.kind == "expert":
             parts[here.layer].setdefault(here.expert, {})[here.part] = tensor.shape
         elif here.kind == "router":
@@ -273,11 +317,11 @@ def _others(model: Model) -> set[tuple[str, tuple[int, ...]]]:
     return {
         (name, tensor.shape)
         for name, tensor in model.tensors.items()
-        if role(name, tensor, model.experts).kind == "other"
+        if role(name, tensor.shape, model.experts).kind == "other"
     }
 
 
 def _finite(tensor: Tensor) -> bool:
     if tensor.dtype not in FLOATS or tensor.elements == 0:
         return True
-    return bool(_decoded(tensor.read(), tensor.dtype).isfinite().all())
+    return bool(decoded(tensor.read(), tensor.dtype).isfinite().all())

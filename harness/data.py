@@ -22,7 +22,8 @@ class Calibration:
 
     files: local ``*.jsonl`` (a ``text`` field per line) or ``*.txt`` (documents separated by blank lines), absolute or
     relative to the project. sequences x length: tokens are packed into this many sequences of this length.
-    seed: which documents are drawn, without replacement. dtype: in which the model runs the pass.
+    seed: which documents are drawn, without replacement. dtype: in which the model runs the pass. held_out: sequences
+    of further documents that no statistic sees, for the reconstruction error of plans; 0 leaves that out.
     """
 
     name: str
@@ -30,12 +31,13 @@ class Calibration:
     sequences: int
     length: int
     seed: int
+    held_out: int
     dtype: str = "auto"
     batch_size: int = 8
 
     def check(self) -> None:
         """Raise UserError, before any work, if a file is missing or a number is not usable."""
-        if self.sequences < 1 or self.length < 2 or self.batch_size < 1:
+        if self.sequences < 1 or self.length < 2 or self.batch_size < 1 or self.held_out < 0:
             raise UserError(
                 f"calibration {self.name!r} asks for {self.sequences} sequences of {self.length} tokens in batches of "
                 f"{self.batch_size}: there must be at least 1 sequence, 2 tokens and 1 per batch."
@@ -59,25 +61,33 @@ class Calibration:
         }
 
     def tokens(self, model: Model) -> np.ndarray:
-        """Packed token ids, int64, shape [sequences, length], documents separated by the end-of-text token.
+        """Packed token ids, int64, shape [sequences + held_out, length], documents separated by the end-of-text token.
 
-        Raises UserError if the documents hold fewer tokens than asked for.
+        The last ``held_out`` sequences begin with a document of which the others hold nothing. Raises UserError if the
+        documents hold fewer tokens than asked for.
         """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
-        wanted = self.sequences * self.length
-        stream: list[int] = []
+        wanted = [self.sequences * self.length, self.held_out * self.length]
+        parts: list[list[int]] = [[]]
         for text in self._shuffled():
-            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(parts[-1]) >= wanted[len(parts) - 1]:
+                parts.append([])
+            if len(parts) > len(wanted):
+                break
+            parts[-1] += tokenizer(text, add_special_tokens=False)["input_ids"]
             if tokenizer.eos_token_id is not None:
-                stream.append(tokenizer.eos_token_id)
-            if len(stream) >= wanted:
-                return np.array(stream[:wanted], dtype=np.int64).reshape(self.sequences, self.length)
-        raise UserError(
-            f"calibration {self.name!r} asks for {self.sequences} x {self.length} = {wanted} tokens, but its files "
-            f"hold {len(stream)}. Largest usable number of sequences: {len(stream) // self.length}."
-        )
+                parts[-1].append(tokenizer.eos_token_id)
+        parts = [part[:number] for part, number in zip([*parts, []], wanted, strict=False)]
+        if [len(part) for part in parts] != wanted:
+            held = sum(len(part) for part in parts)
+            raise UserError(
+                f"calibration {self.name!r} asks for {self.sequences} + {self.held_out} sequences of {self.length} "
+                f"tokens, {sum(wanted)} in all, but its files hold {held}. Largest usable number of sequences: "
+                f"{max(0, held // self.length - self.held_out)}."
+            )
+        return np.array(parts[0] + parts[1], dtype=np.int64).reshape(-1, self.length)
 
     def _shuffled(self) -> list[str]:
         documents = [text for path in self.paths for text in _documents(path)]

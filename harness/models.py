@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,8 +50,11 @@ class Role:
     prefix: str = ""
 
 
-def role(name: str, tensor: Tensor, experts: Mapping[int, int]) -> Role:
-    """Classify a tensor of a checkpoint by its name and shape. ``experts``: expert count by MoE layer."""
+def role(name: str, shape: Sequence[int], experts: Mapping[int, int]) -> Role:
+    """Classify a tensor of a checkpoint, or a parameter in memory, by its name and shape.
+
+    experts: expert count by MoE layer.
+    """
     match = _LAYER.match(name)
     if match is None or int(match["layer"]) not in experts:
         return Role("other")
@@ -61,7 +64,7 @@ def role(name: str, tensor: Tensor, experts: Mapping[int, int]) -> Role:
     if expert := _EXPERT.match(rest):
         prefix = f"{match['block']}{expert['moe']}experts."
         return Role("expert", layer, int(expert["expert"]), expert["part"], prefix)
-    if (fused := _FUSED.match(rest)) and tensor.shape[:1] == (experts[layer],):
+    if (fused := _FUSED.match(rest)) and tuple(shape[:1]) == (experts[layer],):
         return Role("fused", layer, part=fused["part"])
     if _ROUTER.search(rest):
         return Role("router", layer, part=rest)

@@ -4,14 +4,15 @@ One schema covers pruning, merging and both at once. A layer has *slots*, the di
 weighted mean of old experts, and *routes*, which tell every old router row what its gate now multiplies:
 
 * pruning: one slot per kept expert (a bit-exact copy), dropped experts route to ``None`` and lose their router row;
-* merging: one slot per cluster, every old expert routes to its cluster's slot, so members' gates add up.
+* merging: one slot per cluster, every old expert routes to its cluster's slot, so members' gates add up;
+* absorbing: one slot per centre, made of the centre and what it absorbs; only the centres' router rows stay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +32,13 @@ class Source:
 @dataclass(frozen=True)
 class LayerPlan:
     """``slots[s]``: the old experts whose weighted mean (weights sum to 1) is the new expert s.
-    ``routes[i]``: the slot that old expert i's gate goes to, or None if its router row is removed.
+    ``routes[i]``: the slot that old expert i's gate goes to, or None if its router row is removed. ``align``: before
+    they are averaged, the sources' hidden units are permuted to match those of the slot's weightiest source.
     """
 
     slots: tuple[tuple[Source, ...], ...]
     routes: tuple[int | None, ...]
+    align: bool = False
 
     def __post_init__(self) -> None:
         experts = len(self.routes)
@@ -60,7 +63,7 @@ class LayerPlan:
         )
 
     @classmethod
-    def merge(cls, clusters: Iterable[Sequence[int]], weights: Sequence[float]) -> LayerPlan:
+    def merge(cls, clusters: Iterable[Sequence[int]], weights: Sequence[float], align: bool = False) -> LayerPlan:
         """Every cluster becomes one slot, the mean of its members weighted by ``weights[expert]`` (plain mean if these
         are all 0 in a cluster, so a never-routed cluster does not become an all-zero expert).
         """
@@ -69,12 +72,34 @@ class LayerPlan:
         return cls(
             slots=tuple(_weighted(cluster, weights) for cluster in ordered),
             routes=tuple(slot_of[expert] for expert in range(len(weights))),
+            align=align,
+        )
+
+    @classmethod
+    def absorb(cls, groups: Mapping[int, Sequence[int]], weights: Sequence[float], align: bool = False) -> LayerPlan:
+        """``groups[centre]``: the experts that the centre becomes the weighted mean of, itself among them. A centre
+        alone is copied bit for bit. Only the centres' router rows stay, so a stock checkpoint really shrinks, and
+        tokens that chose an absorbed expert are routed anew.
+        """
+        centres = sorted(int(centre) for centre in groups)
+        assert all(centre in groups[centre] for centre in centres), "a centre is part of its own group"
+        slot_of = {centre: slot for slot, centre in enumerate(centres)}
+        return cls(
+            slots=tuple(_weighted(sorted(groups[centre]), weights) for centre in centres),
+            routes=tuple(slot_of.get(expert) for expert in range(len(weights))),
+            align=align,
         )
 
     @property
     def kept_rows(self) -> tuple[int, ...]:
         """Old experts whose router row stays, ascending. A stock checkpoint holds one expert per kept row."""
         return tuple(expert for expert, slot in enumerate(self.routes) if slot is not None)
+
+    def aligned_pairs(self) -> Iterator[tuple[int, Source]]:
+        """(the slot's weightiest expert, another source of the slot) wherever hidden units are to be matched."""
+        for sources in self.slots if self.align else ():
+            reference = max(sources, key=lambda source: source.weight)
+            yield from ((reference.expert, source) for source in sources if source is not reference)
 
     @property
     def is_identity(self) -> bool:
@@ -147,6 +172,7 @@ def from_json(text: str) -> Plan:
             int(index): LayerPlan(
                 slots=tuple(tuple(Source(int(e), float(w)) for e, w in slot) for slot in layer["slots"]),
                 routes=tuple(layer["routes"]),
+                align=layer.get("align", False),
             )
             for index, layer in document["layers"].items()
         }
@@ -160,6 +186,7 @@ def _layers_to_json(layers: Mapping[int, LayerPlan]) -> dict[str, Any]:
         str(index): {
             "slots": [[[source.expert, source.weight] for source in slot] for slot in layer.slots],
             "routes": list(layer.routes),
+            **({"align": True} if layer.align else {}),
         }
         for index, layer in sorted(layers.items())
     }

@@ -23,7 +23,7 @@ from harness.sweep import Sweep, expand
 
 NOT_RUN, FAILED = "—", "✗"
 CELL = list(Row._fields)
-CALIBRATED = ["calibration"]  # of these, what is "none" for a method that reads no calibration statistics
+CALIBRATED = ["calibration", "routing"]  # of these, what is "none" for a method that reads no calibration statistics
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 

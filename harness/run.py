@@ -31,6 +31,7 @@ def run(cell: Cell, store: Store) -> None:
     with stages.noting(errors, cell.tasks):
         given = stages.statistics(cell, store)
         made = stages.plan(cell, given, store)
+        stages.reconstruct(cell, made, store)
         missing = [task for task in cell.tasks if not stages.scored(cell, made, task, store)]
         if missing:
             with stages.noting(errors, missing), stages.serving(cell, made, store) as served:

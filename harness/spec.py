@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import inspect
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,19 +19,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 import methods
 from harness import budget, checkpoint
-from harness.build import build, one_message, shared
+from harness.build import CONF, build, one_message, shared
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.models import Model
 from harness.serve import VLLM, Server
-from harness.stats import EXTRAS, ROUTED
+from harness.stats import EXTRAS, MEASURES, ROUTED, WEIGHTS
 from harness.store import key
-from methods import Method
+from methods import Method, SequentialMethod
 from methods.none import NoCompression
 from tasks import Task
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
-STATS_SCHEMA = 1  # the sums of harness/calibrate.py
+STATS_SCHEMA = 2  # the sums of harness/sums.py
 SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 
 
@@ -37,6 +41,7 @@ class Row(NamedTuple):
     model: str
     label: str
     calibration: str  # "none" where the method reads no calibration statistics
+    routing: str  # which experts and gates these saw, likewise
     ratio: float
     seed: int | None  # None for the uncompressed model, which no seed changes
 
@@ -53,18 +58,24 @@ class Cell:
     seed: int
     tasks: tuple[Task, ...]
     serve: VLLM | Server
+    routing: str = "actual"
     collect: frozenset[str] = frozenset()
     keep_checkpoints: bool = False
 
     @property
     def calibrates(self) -> bool:
-        """Whether the method reads statistics at all."""
-        return bool(self.method.needs)
+        """Whether the method reads statistics of the calibration text."""
+        return bool(self.method.needs & {*ROUTED, *EXTRAS})
 
     @property
     def extras(self) -> frozenset[str]:
         """Extra statistics the calibration pass must gather."""
         return (self.method.needs | self.collect) & set(EXTRAS)
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether the method gathers its statistics itself, layer after layer."""
+        return isinstance(self.method, SequentialMethod)
 
     @property
     def compresses(self) -> bool:
@@ -85,12 +96,15 @@ class Cell:
             identity["keep"] = sorted(self.keep.items())
         if self.calibrates:
             identity["calibration"] = {**self.calibration.identity(), **self.observed_how()}
+        if self.method.needs & set(MEASURES):
+            identity["held_out"] = self.calibration.held_out
         return identity
 
     def observed_how(self) -> dict[str, Any]:
         """What determines the sums besides model and tokens."""
         return {
             "dtype": self.calibration.dtype,
+            "routing": self.routing,
             "transformers": importlib.metadata.version("transformers"),
             "schema": STATS_SCHEMA,
         }
@@ -113,6 +127,7 @@ class Cell:
             model=self.model.name,
             label=self.label,
             calibration=self.calibration.name if self.calibrates else "none",
+            routing=self.routing if self.calibrates else "none",
             ratio=self.ratio,
             seed=self.seed if self.compresses else None,
         )
@@ -130,25 +145,44 @@ class Cell:
                 f"{self.label} makes a model of its own, and {self.serve.url} serves another. Use serve=vllm, "
                 "or serve the compressed checkpoint yourself and score it there with method=none."
             )
+        if self.compresses and self.method.needs & set(MEASURES) and not self.calibration.held_out:
+            raise UserError(f"{self.label} needs held-out tokens. Set calibration.held_out to some sequences.")
         if self.compresses:
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
-        unknown = (self.method.needs | self.collect) - set(ROUTED) - set(EXTRAS)
+        known = (*ROUTED, *EXTRAS, *WEIGHTS, *MEASURES)
+        unknown = (self.method.needs | self.collect) - set(known)
         if unknown:
             raise UserError(
-                f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. "
-                f"There are {', '.join(ROUTED + EXTRAS)}."
+                f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. There are {', '.join(known)}."
             )
 
 
 def method_identity(method: Method) -> dict[str, Any]:
     """The method's class, parameters and the source they run: an edited formula makes a new plan."""
     kind = type(method)
-    source = inspect.getsource(inspect.getmodule(kind) or kind) + inspect.getsource(methods)
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    source = "".join(inspect.getsource(module) for module in _modules(inspect.getmodule(kind) or methods))
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
-        "parameters": dataclasses.asdict(method),  # type: ignore[call-overload]
+        "parameters": {
+            name: method_identity(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            for name, value in values.items()
+        },
         "source": hashlib.sha256(source.encode()).hexdigest(),
     }
+
+
+def _modules(module: ModuleType) -> list[ModuleType]:
+    """A method's module and the modules of ``methods`` that it takes anything from, in an order of their own."""
+    found = {module.__name__: module}
+    waiting = [module]
+    while waiting:
+        for value in vars(waiting.pop()).values():
+            name = getattr(value, "__module__", None) or ""
+            if name.split(".")[0] == methods.__name__ and name not in found:
+                found[name] = sys.modules[name]
+                waiting.append(found[name])
+    return [found[name] for name in sorted(found)]
 
 
 def cell_of(config: DictConfig) -> Cell:
@@ -158,9 +192,13 @@ def cell_of(config: DictConfig) -> Cell:
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not resolve: {one_message(error)}") from error
     method = dict(fields["method"])
-    label = method.pop("label", None) or method.get("_target_", "?").split(".")[-1]
+    label = _label(method)
+    method.pop("label", None)
     ratio = budget.check_ratio(fields["ratio"])
     seed = _whole_number(fields["seed"])
+    if fields.get("protect"):
+        method = {**fields["protect"], "method": method}
+        label += " + super experts"
     built = build("method", method)
     return Cell(
         model=shared("model", fields["model"]),
@@ -171,9 +209,33 @@ def cell_of(config: DictConfig) -> Cell:
         seed=seed,
         tasks=tuple(shared("suite", task) for task in fields["suite"]["tasks"]),
         serve=build("serve", fields["serve"]),
+        routing=_routing(fields["routing"]),
         collect=frozenset(fields["collect"]),
         keep_checkpoints=_yes_or_no("keep_checkpoints", fields["keep_checkpoints"]),
     )
+
+
+def _label(method: Mapping[str, Any]) -> str:
+    """The method's label in tables, with every parameter that is not as its YAML in conf/method/ has it."""
+    target = str(method.get("_target_", "?"))
+    given = {name: value for name, value in method.items() if name not in ("_target_", "label", "seed")}
+    usual = _usual(target.split(".")[-2] if "." in target else target)
+    changed = [f"{name}={value}" for name, value in given.items() if usual.get(name, value) != value]
+    changed += [f"{name}={value}" for name, value in given.items() if usual and name not in usual]
+    label = str(method.get("label") or target.split(".")[-1])
+    return f"{label} ({', '.join(changed)})" if changed and label == usual.get("label") else label
+
+
+@functools.cache
+def _usual(name: str) -> dict[str, Any]:
+    file = CONF / "method" / f"{name}.yaml"
+    return dict(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}  # type: ignore[arg-type]
+
+
+def _routing(value: object) -> str:
+    if value not in ("actual", "paper"):
+        raise UserError(f"routing={value} is not one of actual, paper.")
+    return str(value)
 
 
 def _yes_or_no(name: str, value: object) -> bool:

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ import numpy as np
 
 from harness import checkpoint, stats
 from harness import plan as plans
+from harness.calibrate import calibrate, packed_batches
+from harness.decide import decide, decide_in_sequence
 from harness.errors import StageError, UserError
-from harness.plan import Plan
+from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
-from harness.spec import SCORE_SCHEMA, Cell, method_identity
+from harness.reconstruct import Reconstruction
+from harness.spec import SCORE_SCHEMA, STATS_SCHEMA, Cell, method_identity
 from harness.stats import LayerStats, Stats
 from harness.store import Store, key, remove, say
+from methods import SequentialMethod
 from tasks import LLM, Score, Task
 
 
 def tokens(cell: Cell, store: Store) -> np.ndarray:
-    """Packed calibration tokens [sequences, length]."""
+    """Packed calibration tokens [sequences, length]; the last ``held_out`` sequences are not for statistics."""
     from safetensors.numpy import load_file, save_file
 
     name = tokens_name(cell)
@@ -38,7 +42,8 @@ def tokens(cell: Cell, store: Store) -> np.ndarray:
 
 
 def tokens_name(cell: Cell) -> str:
-    return key(documents=dict(cell.calibration.identity()), tokenizer=cell.model.tokenizer_digest) + ".safetensors"
+    documents = {**cell.calibration.identity(), "held_out": cell.calibration.held_out}
+    return key(documents=documents, tokenizer=cell.model.tokenizer_digest) + ".safetensors"
 
 
 def observed(cell: Cell, ids: np.ndarray) -> dict[str, Any]:
@@ -47,10 +52,26 @@ def observed(cell: Cell, ids: np.ndarray) -> dict[str, Any]:
 
 
 def statistics(cell: Cell, store: Store) -> Stats:
-    """Calibration statistics with every sum the method needs; for a method that needs none, only the layers' sizes."""
-    if not cell.calibrates:
-        return Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})
-    ids = tokens(cell, store)
+    """Every sum the method needs, of the calibration text and of the weights; at the least the layers' sizes."""
+    found = Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})
+    if cell.method.needs & set(stats.WEIGHTS):
+        found = found.joined(_weight_sums(cell, store))
+    if cell.in_sequence:  # gathers its own, layer by layer, when it plans
+        return replace(
+            found, provenance={"number_of_tokens": int(cell.calibration.sequences * cell.calibration.length)}
+        )
+    return found.joined(_calibration_sums(cell, store)) if cell.calibrates else found
+
+
+def _weight_sums(cell: Cell, store: Store) -> Stats:
+    from harness.weights import weight_sums
+
+    name = key(model=cell.model.digest, schema=STATS_SCHEMA) + ".safetensors"
+    return stats.load(store.once("weights", name, lambda path: stats.save(weight_sums(cell.model), path)))
+
+
+def _calibration_sums(cell: Cell, store: Store) -> Stats:
+    ids = tokens(cell, store)[: cell.calibration.sequences]
     fields = observed(cell, ids)
     name = key(**fields) + ".safetensors"
     path = store.path("stats", name)
@@ -68,13 +89,11 @@ def statistics(cell: Cell, store: Store) -> Stats:
 def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
     from tqdm import tqdm
 
-    from harness.calibrate import calibrate, packed_batches
-
     start = time.perf_counter()
     model = cell.model.load(cell.calibration.dtype)
     batch_size = cell.calibration.batch_size
     batches = tqdm(packed_batches(ids, batch_size), "calibrate", -(-len(ids) // batch_size), leave=False)
-    made = calibrate(model, batches, extras)
+    made = calibrate(model, batches, extras, cell.routing)
     about = {
         **fields,
         "seconds": time.perf_counter() - start,
@@ -90,7 +109,7 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
 
     def make(path: Path) -> None:
         start = time.perf_counter()
-        layers = cell.method.plan(given.only(cell.method.needs), cell.keep)
+        layers = _decide(cell, given, store)
         about = {
             "model": cell.model.name,
             "method": method_identity(cell.method),
@@ -108,6 +127,44 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
     checkpoint.written_experts(made)
     say("plan", name, "cached" if cached else f"{made.provenance['seconds']:.2f} s")
     return made
+
+
+def _decide(cell: Cell, given: Stats, store: Store) -> dict[int, LayerPlan]:
+    """The method's answer. Most read statistics alone; some need the model, which is loaded for them."""
+    if isinstance(cell.method, SequentialMethod):
+        ids = tokens(cell, store)[: cell.calibration.sequences]
+        batches = list(packed_batches(ids, cell.calibration.batch_size))
+        model = cell.model.load(cell.calibration.dtype)
+        return decide_in_sequence(cell.method, model, batches, cell.extras, cell.routing, cell.keep)
+    if cell.method.needs & set(stats.MEASURES):
+        given = replace(given, error=_reconstruction(cell, store).error)
+    return decide(cell.method, given, cell.keep)
+
+
+def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
+    ids = tokens(cell, store)[cell.calibration.sequences :]
+    model = cell.model.load(cell.calibration.dtype)
+    return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
+
+
+def reconstruct(cell: Cell, made: Plan, store: Store) -> None:
+    """Measure the reconstruction error of every layer under the plan on held-out tokens, and keep it."""
+    name = errors_name(cell)
+    if not cell.calibration.held_out or not cell.model.experts or store.path("errors", name).exists():
+        return
+    start = time.perf_counter()
+    errors = dict.fromkeys(made.layers, 0.0)
+    if not made.is_identity:
+        errors = _reconstruction(cell, store).errors(made.layers)
+    seconds = time.perf_counter() - start
+    text = {"calibration": cell.calibration.name, "tokens": cell.calibration.held_out * cell.calibration.length}
+    store.write_json("errors", name, {"layers": errors, **text, "seconds": seconds, "provenance": provenance()})
+    say("reconstruct", cell.slug, f"{seconds:.1f} s, error {np.mean(list(errors.values())):.4f}")
+
+
+def errors_name(cell: Cell) -> str:
+    """Name of the reconstruction errors of this cell: of its plan, on its calibration set's held-out text."""
+    return key(plan=cell.identity(), held_out=tokens_name(cell), **cell.observed_how()) + ".json"
 
 
 @dataclass
@@ -201,7 +258,11 @@ def scored(cell: Cell, made: Plan, task: Task, store: Store) -> bool:
 
 
 def is_done(cell: Cell, task: Task, store: Store) -> bool:
-    """Whether this cell's record on this task holds a score. Failed records are tried again."""
+    """Whether this cell's record on this task holds a score, and its plan's errors are known. Failed records are tried
+    again.
+    """
+    if cell.model.experts and cell.calibration.held_out and not store.path("errors", errors_name(cell)).exists():
+        return False
     found = store.read_json("records", cell.record_name(task))
     return found is not None and found["status"] == "done"
 

@@ -7,7 +7,7 @@ shards, machines and "512 more samples" are ``a + b``, and a mean of batch means
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-# Sums over the tokens routed to an expert, each of shape [E]. With g the gate the model really multiplied with and
-# n = ||f(x)||_2 the norm of the expert's output before the gate.
+from harness.errors import StageError
+from harness.plan import LayerPlan
+
+# Sums over the tokens routed to an expert, each of shape [E]. With g the gate the model really multiplied with, f(x)
+# the expert's output before the gate and n = ||f(x)||_2.
 ROUTED = (
     "count",  # number of tokens routed to the expert
     "gate",  # sum of g
@@ -25,13 +28,32 @@ ROUTED = (
     "norm_sq",  # sum of n^2
     "gate_norm",  # sum of g n
     "gate_sq_norm_sq",  # sum of g^2 n^2
+    "output_max",  # not a sum: the largest |f(x)| of any token and channel
 )
+MAXIMA = frozenset({"output_max"})  # combined by the maximum where the others add
 
 # Sums that cost more than the routed ones and are gathered only when a method needs them.
-EXTRAS = (
-    "logit_gram",  # [E, E] sum over all tokens of z z^T, z the router's raw logits
-    "all_output_sum",  # [E, H] sum over all tokens, routed or not, of every expert's output f_j(x)
+PAIRWISE = (  # [E, E]; the last three over the tokens routed to both experts of the pair
+    "logit_gram",  # sum over all tokens of z z^T, z the router's raw logits
+    "coactivation",  # number of tokens
+    "gated_norm_gram",  # sum of g_i n_i g_j n_j
+    "gated_output_gram",  # sum of g_i g_j <f_i(x), f_j(x)>
 )
+OF_OUTPUTS = (  # [E, H], over all tokens, routed or not: every expert runs on every token
+    "all_output_sum",  # sum of f_j(x)
+    "all_gated_output_sum",  # sum of p_j f_j(x), p the softmax over all E raw logits
+)
+EXTRAS = (
+    "gate_norm_turn",  # [E] sum of g n s, s = max(0, 1 - cos(u, u + r)): how far the layer's routed output r turns
+    *PAIRWISE,  # the residual stream u at that token
+    *OF_OUTPUTS,
+)
+
+# Sums over the entries of an expert's weight matrices (gate, up and down together), [E]: no text is needed for them.
+WEIGHTS = ("weight_count", "weight_abs", "weight_sq")
+
+# What a method may ask to be told besides: `Stats.error`.
+MEASURES = ("reconstruction",)
 
 
 @dataclass(frozen=True)
@@ -53,20 +75,33 @@ class LayerStats:
     def __add__(self, other: LayerStats) -> LayerStats:
         assert self.experts == other.experts, (self.experts, other.experts)
         assert self.sums.keys() == other.sums.keys(), (sorted(self.sums), sorted(other.sums))
-        sums = {name: value + other.sums[name] for name, value in self.sums.items()}
+        sums = {
+            name: np.maximum(value, other.sums[name]) if name in MAXIMA else value + other.sums[name]
+            for name, value in self.sums.items()
+        }
         return LayerStats(self.experts, self.tokens + other.tokens, sums)
 
     def only(self, names: frozenset[str]) -> LayerStats:
         """The same layer with nothing but the named sums."""
         return LayerStats(self.experts, self.tokens, {name: self[name] for name in sorted(names)})
 
+    def joined(self, other: LayerStats) -> LayerStats:
+        """The sums of both, which have no name in common, of the same layer."""
+        assert self.experts == other.experts and not self.sums.keys() & other.sums.keys()
+        return LayerStats(self.experts, max(self.tokens, other.tokens), {**self.sums, **other.sums})
+
 
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of every MoE layer, by the layer's index in the model, and where they came from."""
+    """Statistics of every MoE layer, by the layer's index in the model, and where they came from.
+
+    error: the measured reconstruction error of a plan for one layer (`harness.reconstruct`), for methods that list
+    "reconstruction" among their needs.
+    """
 
     layers: Mapping[int, LayerStats]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    error: Callable[[int, LayerPlan], float] | None = None
 
     def __add__(self, other: Stats) -> Stats:
         assert self.layers.keys() == other.layers.keys(), (sorted(self.layers), sorted(other.layers))
@@ -80,7 +115,21 @@ class Stats:
 
     def only(self, names: frozenset[str]) -> Stats:
         """What a method that declares ``needs = names`` is given: nothing else, so it can read nothing else."""
-        return Stats({index: layer.only(names) for index, layer in self.layers.items()}, self.provenance)
+        sums = names - set(MEASURES)
+        layers = {index: layer.only(sums) for index, layer in self.layers.items()}
+        return Stats(layers, self.provenance, self.error if names & set(MEASURES) else None)
+
+    def joined(self, other: Stats) -> Stats:
+        """The sums of both, which have no name in common."""
+        layers = {index: layer.joined(other.layers[index]) for index, layer in self.layers.items()}
+        return Stats(layers, {**self.provenance, **other.provenance}, self.error or other.error)
+
+    def check_finite(self) -> None:
+        """Raise StageError at the first sum that is not finite: a ranking of NaN would be an arbitrary one."""
+        for index, layer in self.layers.items():
+            for name, value in layer.sums.items():
+                if not np.isfinite(value).all():
+                    raise StageError(f"Statistics: {name} of layer {index} is not finite. Calibrate again in float32.")
 
 
 def save(stats: Stats, path: Path) -> None:

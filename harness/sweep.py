@@ -31,7 +31,7 @@ class Sweep:
     @property
     def extras(self) -> list[str]:
         """Extra statistics that some cell needs: gathered in the one pass that all share."""
-        return sorted(frozenset().union(*(cell.extras for cell in self.cells)))
+        return sorted(frozenset().union(*(cell.extras for cell in self.cells if not cell.in_sequence)))
 
     def check(self) -> None:
         """Raise UserError, before any work, for everything that cannot work. What cells share is looked at once."""

@@ -3,23 +3,20 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from harness.stats import LayerStats
-from methods import ScoreMethod
+from methods import SumScore
 
 
 @dataclass(frozen=True)
-class EAN(ScoreMethod):
+class EAN(SumScore):
     """An expert whose outputs are small, summed over the tokens it sees, is little missed.
 
-        S_j = sum over x routed to j of ||f_j(x)||_2        (f_j before the gate)
+        S_j = sum over x in X_j of ||f_j(x)||_2        (f_j before the gate; the scoring family at 0, 0, 1)
 
-    Source: arXiv 2504.05586 as restated in REAP, arXiv 2510.13999, eq. 13: the *sum* of norms. The mean, which some
-    ports also call EAN, is another method.
+    Source: arXiv 2504.05586 as restated in REAP, arXiv 2510.13999, eq. 13: the *sum* of norms.
+
+    Where we differ: not from eq. 13. Some ports call the mean EAN; here that is `man`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"norm"})
-
-    def score(self, stats: LayerStats) -> np.ndarray:
-        return stats["norm"]
+    b: ClassVar[int] = 0
+    alpha: ClassVar[int] = 0
+    beta: ClassVar[int] = 1

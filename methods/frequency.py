@@ -6,24 +6,26 @@ from typing import ClassVar
 import numpy as np
 
 from harness.stats import LayerStats
-from methods import ScoreMethod
+from methods import SumScore
 
 
 @dataclass(frozen=True)
-class Frequency(ScoreMethod):
+class Frequency(SumScore):
     """An expert that few tokens are routed to is little missed.
 
-        S_j = N_j        (the number of calibration tokens whose top-k holds expert j)
+        S_j = N_j        (the number of calibration tokens whose top-k holds expert j; the scoring family at 0, 0, 0)
 
-    Source: the frequency baseline of REAP, arXiv 2510.13999, appendix D. Counts are the model's own selections, never
-    recomputed from logits, and masked tokens do not count. Of experts with equal counts the one with the larger sum
-    of gates stays; published codes leave ties to the order of torch.topk, which depends on how experts are numbered.
+    Source: the frequency baseline of REAP, arXiv 2510.13999, appendix D.
+
+    Where we differ: counts are the model's own selections, never recomputed from logits, and masked tokens do not
+    count. Of experts with equal counts the one with the larger sum of gates stays; published codes leave ties to the
+    order of torch.topk, which depends on how experts are numbered.
     """
 
+    b: ClassVar[int] = 0
+    alpha: ClassVar[int] = 0
+    beta: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"count", "gate"})
-
-    def score(self, stats: LayerStats) -> np.ndarray:
-        return stats["count"]
 
     def second_score(self, stats: LayerStats) -> np.ndarray:
         return stats["gate"]

@@ -5,10 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 from scipy.cluster.hierarchy import linkage
+from scipy.cluster.vq import kmeans2
+from scipy.spatial.distance import pdist
 
+from harness.errors import UserError
 from harness.plan import LayerPlan
 from harness.stats import LayerStats
-from methods import LayerMethod
+from methods import LayerMethod, one_of
 
 
 @dataclass(frozen=True)
@@ -19,30 +22,68 @@ class HCSMoE(LayerMethod):
 
         o_j = (1 / T) * sum over all x of f_j(x),
 
-    the o_j of a layer are clustered agglomeratively (Euclidean distance, average linkage) until ``keep`` clusters are
-    left, and a cluster's weights are averaged with the members' routing frequencies. The router is not touched: every
-    member's row leads to the merged expert, so gates of members selected together add up.
+    the o_j of a layer are clustered agglomeratively until ``keep`` clusters are left, and a cluster's weights are
+    averaged with the members' routing frequencies. The router is not touched: every member's row leads to the merged
+    expert, so gates of members selected together add up.
 
-    Where we differ: REAP's appendix D says cosine distance, but the paper's section 2 and both codes use Euclidean;
-    the published run scripts of HC-SMoE misspell the option and silently run k-means; a cluster that no token was
-    routed to is averaged uniformly, where the published code would write an all-zero expert.
+    Options: ``distance`` euclidean (default) or cosine; ``linkage`` average (default), complete, single or ward (the
+    last on Euclidean distance only); ``clustering`` hierarchical (default) or kmeans (k-means++ drawn by ``seed``; not
+    nested). Ward, complete and single are scipy's.
+
+    Source: arXiv 2410.08589, section 3, and REAP, arXiv 2510.13999, section 2 and appendix D.
+
+    Where we differ: REAP's appendix D (eq. 16) says cosine distance, but its section 2 and both codes use Euclidean.
+    The published run scripts of HC-SMoE misspell the option and silently run k-means; its code's complete linkage joins
+    the farthest pair and its ward is not Ward's. A cluster that no token was routed to is averaged uniformly, where
+    the published code would write an all-zero expert.
     """
 
+    distance: str
+    linkage: str
+    clustering: str
+    seed: int
+    nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"count", "all_output_sum"})
+
+    def __post_init__(self) -> None:
+        one_of("distance", self.distance, ("euclidean", "cosine"))
+        one_of("linkage", self.linkage, ("average", "complete", "single", "ward"))
+        one_of("clustering", self.clustering, ("hierarchical", "kmeans"))
+        if self.distance == "cosine" and (self.linkage == "ward" or self.clustering == "kmeans"):
+            raise UserError(
+                "method.distance=cosine goes with average, complete or single linkage: ward and kmeans minimise "
+                "squared Euclidean distances. Set method.distance=euclidean."
+            )
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
         means = stats["all_output_sum"] / max(stats.tokens, 1)
-        return LayerPlan.merge(average_linkage_clusters(means, keep), stats["count"].tolist())
+        return LayerPlan.merge(self.clusters(means, keep), stats["count"].tolist())
+
+    def clusters(self, points: np.ndarray, number: int) -> list[list[int]]:
+        if self.clustering == "kmeans":
+            return kmeans_clusters(points, number, self.seed)
+        return linkage_clusters(points, number, self.linkage, self.distance)
 
 
-def average_linkage_clusters(points: np.ndarray, clusters: int) -> list[list[int]]:
+def linkage_clusters(
+    points: np.ndarray, clusters: int, method: str = "average", distance: str = "euclidean"
+) -> list[list[int]]:
     """Rows of ``points`` [n, d] in exactly ``clusters`` groups, also where equal heights would make scipy's cut by
-    height return fewer.
+    height return fewer. A row of zeros has cosine distance 1 to every other.
     """
     n = len(points)
     members: dict[int, list[int]] = {index: [index] for index in range(n)}
     if clusters < n:
-        merges = linkage(points, method="average", metric="euclidean")
-        for step, (a, b, _, _) in enumerate(merges[: n - clusters]):
+        apart = np.nan_to_num(pdist(points, distance), nan=1.0)  # type: ignore[call-overload]
+        for step, (a, b, _, _) in enumerate(linkage(apart, method)[: n - clusters]):  # type: ignore[arg-type]
             members[n + step] = members.pop(int(a)) + members.pop(int(b))
     return list(members.values())
+
+
+def kmeans_clusters(points: np.ndarray, clusters: int, seed: int) -> list[list[int]]:
+    """k-means++ and Lloyd's iterations; a cluster left empty takes the point farthest from its own centre."""
+    centres, labels = kmeans2(points, clusters, iter=100, minit="++", seed=seed, missing="warn")
+    for empty in sorted(set(range(clusters)) - set(labels)):
+        crowded = np.bincount(labels, minlength=clusters)[labels] > 1
+        labels[np.argmax(np.where(crowded, ((points - centres[labels]) ** 2).sum(axis=1), -1))] = empty
+    return [np.flatnonzero(labels == label).tolist() for label in range(clusters)]

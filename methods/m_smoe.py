@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.plan import LayerPlan
 from harness.stats import LayerStats, Stats
-from methods import mean_over
+from methods import gram_cosine, mean_over, one_of
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,46 @@ class MSMoE:
 
     and each group's weights are averaged with the routing frequencies. The router is not touched.
 
+    Options: ``reference_compat`` measures i and j as REAP's re-implementation does, by the cosine between rows i and j
+    of the distance matrix 1 - cos (a second-order distance; on routers without much structure it sends about every
+    other expert elsewhere). ``align: weights`` permutes members' hidden units to match the dominant's before averaging.
+
+    Source: arXiv 2310.01334, section 3; REAP, arXiv 2510.13999, eq. 14 and appendix D.
+
     Where we differ: the official code's threshold loses groups on ties; ours is exact, and of equally frequent experts
-    the one with the larger share of its layer's gates comes first, however experts are numbered. REAP's
-    re-implementation puts the distance matrix through the distance once more (a second-order distance), ours does not.
-    The hidden units are not permuted to match, as in the official Mixtral path.
+    the one with the larger share of its layer's gates comes first, however experts are numbered. The official code
+    aligns hidden units in Switch models and not in Mixtral, REAP's aligns them always; ours only if asked. With
+    ``reference_compat`` the distances are those of the whole pass, where REAP's code averages them over batches.
     """
 
+    align: str | None
+    reference_compat: bool
+    nested: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"count", "gate", "logit_gram"})
+
+    def __post_init__(self) -> None:
+        one_of("align", self.align or "null", ("null", "weights"))
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
         dominants = dominant_experts(stats, sum(keep.values()))
-        return {index: group_layer(layer, dominants[index]) for index, layer in stats.layers.items()}
+        return {index: self.group(layer, dominants[index]) for index, layer in stats.layers.items()}
+
+    def group(self, stats: LayerStats, dominants: list[int]) -> LayerPlan:
+        """Give every expert to its most similar dominant and merge the groups."""
+        similarity = gram_cosine(stats["logit_gram"])
+        if self.reference_compat:
+            similarity = second_order(similarity)
+        groups: dict[int, list[int]] = {dominant: [dominant] for dominant in dominants}
+        for expert in sorted(set(range(stats.experts)) - set(dominants)):
+            nearest = dominants[int(np.argmax(similarity[expert, dominants]))]
+            groups[nearest].append(expert)
+        return LayerPlan.merge(groups.values(), stats["count"].tolist(), align=self.align == "weights")
+
+
+def second_order(cosine: np.ndarray) -> np.ndarray:
+    """Cosines between the rows of the distance matrix 1 - cosine, [E, E]."""
+    distance = 1 - cosine
+    return gram_cosine(distance @ distance.T)
 
 
 def dominant_experts(stats: Stats, total: int) -> dict[int, list[int]]:
@@ -52,19 +81,3 @@ def _by_use(index: int, layer: LayerStats) -> list[tuple[float, float, int, int]
     """(-share of choices, -share of gates, layer, expert) of every expert, the most used first."""
     frequency, gate = (mean_over(layer[name], layer[name].sum()) for name in ("count", "gate"))
     return sorted((-float(frequency[e]), -float(gate[e]), index, e) for e in range(layer.experts))
-
-
-def group_layer(stats: LayerStats, dominants: list[int]) -> LayerPlan:
-    """Give every expert to its most similar dominant and merge the groups."""
-    similarity = gram_cosine(stats["logit_gram"])
-    groups: dict[int, list[int]] = {dominant: [dominant] for dominant in dominants}
-    for expert in sorted(set(range(stats.experts)) - set(dominants)):
-        nearest = dominants[int(np.argmax(similarity[expert, dominants]))]
-        groups[nearest].append(expert)
-    return LayerPlan.merge(groups.values(), stats["count"].tolist())
-
-
-def gram_cosine(gram: np.ndarray) -> np.ndarray:
-    """Cosines between columns whose inner products are ``gram`` [E, E]; 0 for a column of zeros."""
-    norms = np.sqrt(np.diag(gram))
-    return mean_over(gram, np.outer(norms, norms))

@@ -12,6 +12,7 @@ from harness.stats import Stats
 class NoCompression:
     """Keeps every expert, whatever the ratio; the exported tensors equal the original's byte for byte."""
 
+    nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:

@@ -19,6 +19,7 @@ class Random:
     """
 
     seed: int
+    nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:

@@ -13,7 +13,7 @@ from harness import stats as stats_file
 from harness.calibrate import calibrate
 from harness.errors import StageError
 from harness.models import Model
-from harness.stats import EXTRAS, ROUTED, LayerStats, Stats
+from harness.stats import EXTRAS, OF_OUTPUTS, PAIRWISE, ROUTED, LayerStats, Stats
 from tests.conftest import EXPERTS, HIDDEN, token_batches, write_model
 
 ALL = frozenset(EXTRAS)
@@ -34,40 +34,74 @@ def expert_output(experts: torch.nn.Module, expert: int, x: Tensor) -> Tensor:
 
 
 def seen_by_experts(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[int, list[tuple]]:
-    """(input, chosen experts, gates, attention mask, block) of every batch, by MoE layer."""
+    """(input, chosen experts, gates, attention mask, residual stream, block) of every batch, by MoE layer."""
     seen: dict[int, list[tuple]] = {}
-    for index, block in enumerate(layer.mlp for layer in model.model.layers):
-        if not hasattr(block, "experts"):
+    for index, layer in enumerate(model.model.layers):
+        if not hasattr(layer.mlp, "experts"):
             continue
         received: list[tuple] = []
-        handle = block.experts.register_forward_pre_hook(lambda _, args, received=received: received.append(args))
+        ends: dict[str, list[Tensor]] = {"layer": [], "block": []}
+        hooks = [
+            layer.mlp.experts.register_forward_pre_hook(lambda _, args, received=received: received.append(args)),
+            layer.register_forward_hook(lambda *args, ends=ends: ends["layer"].append(args[-1].flatten(0, 1))),
+            layer.mlp.register_forward_hook(lambda *args, ends=ends: ends["block"].append(args[-1].flatten(0, 1))),
+        ]
         with torch.no_grad():
             for ids, mask in batches:
                 model(input_ids=ids, attention_mask=mask)
-        handle.remove()
-        seen[index] = [(*args, mask.flatten(), block) for args, (_, mask) in zip(received, batches, strict=True)]
+        for hook in hooks:
+            hook.remove()
+        streams = [after - added for after, added in zip(ends["layer"], ends["block"], strict=True)]
+        seen[index] = [
+            (*args, mask.flatten(), stream, layer.mlp)
+            for args, (_, mask), stream in zip(received, batches, streams, strict=True)
+        ]
     return seen
 
 
 def naive_layer(batches: list[tuple]) -> LayerStats:
     """Token by token, expert by expert."""
     sums = {name: np.zeros(EXPERTS) for name in ROUTED}
-    sums |= {"logit_gram": np.zeros((EXPERTS, EXPERTS)), "all_output_sum": np.zeros((EXPERTS, HIDDEN))}
+    sums |= {name: np.zeros((EXPERTS, EXPERTS)) for name in PAIRWISE}
+    sums |= {name: np.zeros((EXPERTS, HIDDEN)) for name in OF_OUTPUTS}
+    sums["gate_norm_turn"] = np.zeros(EXPERTS)
     tokens = 0
-    for hidden, chosen, gates, mask, block in batches:
+    for hidden, chosen, gates, mask, stream, block in batches:
         for t in np.flatnonzero(mask):
             tokens += 1
             logits = (block.gate.weight @ hidden[t]).detach().double().numpy()
-            sums["logit_gram"] += np.outer(logits, logits)
-            for expert in range(EXPERTS):
-                output = expert_output(block.experts, expert, hidden[t]).detach().double()
-                sums["all_output_sum"][expert] += output.numpy()
-                if expert in chosen[t]:
-                    n, g = float(output.norm()), float(gates[t][chosen[t] == expert])
-                    values = {"count": 1, "gate": g, "norm": n, "norm_sq": n * n, "gate_norm": g * n}
-                    for name, value in {**values, "gate_sq_norm_sq": (g * n) ** 2}.items():
-                        sums[name][expert] += value
+            gate_of = {int(expert): float(gate) for expert, gate in zip(chosen[t], gates[t], strict=True)}
+            outputs = [expert_output(block.experts, e, hidden[t]).detach().double().numpy() for e in range(EXPERTS)]
+            naive_token(sums, logits, gate_of, outputs, stream[t].detach().double().numpy())
     return LayerStats(EXPERTS, tokens, sums)
+
+
+def naive_token(
+    sums: dict[str, np.ndarray], logits: np.ndarray, gate_of: dict[int, float], outputs: list[np.ndarray], u: np.ndarray
+) -> None:
+    sums["logit_gram"] += np.outer(logits, logits)
+    after = u + sum(g * outputs[expert] for expert, g in gate_of.items())
+    turn = max(0.0, 1 - float(u @ after / np.linalg.norm(u) / np.linalg.norm(after)))
+    for expert, output in enumerate(outputs):
+        sums["all_output_sum"][expert] += output
+        sums["all_gated_output_sum"][expert] += np.exp(logits[expert]) / np.exp(logits).sum() * output
+    for i, g in gate_of.items():
+        n = float(np.linalg.norm(outputs[i]))
+        values = {
+            "count": 1,
+            "gate": g,
+            "norm": n,
+            "norm_sq": n * n,
+            "gate_norm": g * n,
+            "gate_norm_turn": g * n * turn,
+        }
+        for name, value in {**values, "gate_sq_norm_sq": (g * n) ** 2}.items():
+            sums[name][i] += value
+        sums["output_max"][i] = max(sums["output_max"][i], np.abs(outputs[i]).max())
+        for j, other in gate_of.items():
+            sums["coactivation"][i, j] += 1
+            sums["gated_norm_gram"][i, j] += g * n * other * float(np.linalg.norm(outputs[j]))
+            sums["gated_output_gram"][i, j] += g * other * float(outputs[i] @ outputs[j])
 
 
 def naive(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Stats:

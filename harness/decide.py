@@ -1,0 +1,38 @@
+"""How a method is asked: what it is given, and what its answer must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from harness.calibrate import Batches, calibrate_in_sequence
+from harness.plan import LayerPlan
+from harness.stats import LayerStats, Stats
+from methods import Method, SequentialMethod
+
+
+def decide(method: Method, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
+    """The plan of every layer, from nothing but what the method declares.
+
+    Raises StageError where a sum is not finite.
+    """
+    given = stats.only(method.needs)
+    given.check_finite()
+    return method.plan(given, keep)
+
+
+def decide_in_sequence(
+    method: SequentialMethod,
+    model: PreTrainedModel,
+    batches: Batches,
+    extras: frozenset[str],
+    routing: str,
+    keep: Mapping[int, int],
+) -> dict[int, LayerPlan]:
+    """As `decide`, each layer from statistics gathered behind the layers that are compressed already."""
+
+    def one(layer: int, stats: LayerStats) -> LayerPlan:
+        return decide(method, Stats({layer: stats}), {layer: keep[layer]})[layer]
+
+    return calibrate_in_sequence(model, batches, extras, routing, one)

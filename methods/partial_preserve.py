@@ -1,0 +1,67 @@
+"""Partial-preservation merging (SlimQwen, Alg. 1)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from harness.plan import LayerPlan
+from harness.stats import LayerStats
+from methods import LayerMethod, ScoreMethod, gram_cosine, highest, one_of
+
+SIMILARITY = {"outputs": "all_output_sum", "logits": "logit_gram"}  # and the sums it is made of
+
+
+@dataclass(frozen=True)
+class PartialPreserve(LayerMethod):
+    """The best experts are copied bit for bit; only the rest are merged.
+
+    Of ``keep`` experts the floor(keep * preserved) most important stay as they are; the next most important are the
+    bases of groups. Every other expert i joins the base j with the largest cosine,
+
+        m(i) = argmax over bases j of cos(i, j),        E'_j = sum over i in group j of I_i E_i / sum of I_i
+
+    with I the importance. Router rows of absorbed experts are dropped, so the model really shrinks.
+
+    Options: ``importance``, any score of this collection (REAP by default); ``similarity`` outputs (cosine of the mean
+    outputs over all tokens, the paper's expert vectors) or logits (of the router's logits over all tokens);
+    ``preserved`` (0.5 as in the paper; 1 is plain pruning).
+
+    Source: SlimQwen, Algorithm 1 and eq. 8.
+
+    Where we differ: eq. 8 is written for pairs and Algorithm 1 for groups; we take the groups. "Bases from the rest" is
+    read as the next most important. The paper trains on afterwards; here nothing is trained. Hidden units are not
+    aligned, as in the paper. A group whose importances are not all positive is averaged uniformly.
+    """
+
+    importance: ScoreMethod
+    similarity: str
+    preserved: float
+    nested: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        one_of("similarity", self.similarity, tuple(SIMILARITY))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.importance.needs | {SIMILARITY[self.similarity]}
+
+    def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
+        score = self.importance.score(stats)
+        order = highest(stats.experts, score, self.importance.second_score(stats))
+        alone = min(int(keep * self.preserved + 1e-9), keep)
+        groups = {int(expert): [int(expert)] for expert in order[:keep]}
+        bases = sorted(int(expert) for expert in order[alone:keep])
+        for expert in sorted(int(expert) for expert in order[keep:]) if bases else ():
+            groups[bases[int(np.argmax(self._cosine(stats)[expert, bases]))]].append(expert)
+        return LayerPlan.absorb(groups, positive(score))
+
+    def _cosine(self, stats: LayerStats) -> np.ndarray:
+        if self.similarity == "logits":
+            return gram_cosine(stats["logit_gram"])
+        return gram_cosine(stats["all_output_sum"] @ stats["all_output_sum"].T)
+
+
+def positive(score: np.ndarray) -> list[float]:
+    """Scores as weights of a mean: as they are, or all equal if one is negative (AIMER's are)."""
+    return (score if (score >= 0).all() else np.ones_like(score)).tolist()

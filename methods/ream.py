@@ -1,0 +1,59 @@
+"""REAM, merging around the most salient experts, layer after layer (Jha et al., arXiv 2604.04356)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from harness.plan import LayerPlan
+from harness.stats import LayerStats
+from methods import SequentialMethod, gram_cosine, highest
+from methods.reap import REAP
+
+
+@dataclass(frozen=True)
+class REAM(SequentialMethod):
+    """The most salient experts absorb the others instead of replacing them, each as many as it likes up to a limit.
+
+    Layer by layer, each observed behind the layers that are compressed already: the ``keep`` experts with the highest
+    REAP score are centres. In order of their score, each absorbs up to ``group_size`` - 1 of the experts not yet taken
+    that are most similar to it, so that most centres stay alone,
+
+        similarity(i, j) = mean of (cos(q_i, q_j) + 1) / 2 and 1 - d_ij / max d,
+        q_j = sum over all x of p_j(x) f_j(x),    d_ij = || z_i / ||z_i|| - z_j / ||z_j|| ||
+
+    with p the softmax over all E and z_j the router's logits of expert j over all tokens. Groups are averaged with the
+    scores as weights, hidden units aligned to the centre's. Router rows of absorbed experts are deleted, as when
+    pruning, and so is an expert that no group has room for.
+
+    Source: arXiv 2604.04356 and its published code (SamsungSAILMontreal/ream).
+
+    Where we differ: similarity is the code's (a second reading of the paper's eq. 7-8 has a sum of the terms and a
+    cosine per token). The score is REAP's, as the paper says, where the released default squares the gate. Alignment
+    matches weights; the code matches sampled hidden activations and a 64-dimensional PCA of the weights. Padding never
+    counts and sums are over all batches, where the code averages batch means.
+    """
+
+    group_size: int
+    nested: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = REAP.needs | {"all_gated_output_sum", "logit_gram"}
+
+    def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
+        score = REAP().score(stats)
+        order = [int(expert) for expert in highest(stats.experts, score)]
+        free = order[keep:]
+        likeness = similarity(stats)
+        groups: dict[int, list[int]] = {}
+        for centre in order[:keep]:
+            nearest = highest(self.group_size - 1, likeness[centre, free], score[free])
+            groups[centre] = [centre, *(free[place] for place in nearest)]
+            free = [expert for expert in free if expert not in groups[centre]]
+        return LayerPlan.absorb(groups, score.tolist(), align=True)
+
+
+def similarity(stats: LayerStats) -> np.ndarray:
+    """[E, E], each entry in [0, 1]."""
+    outputs = stats["all_gated_output_sum"]
+    distance = np.sqrt(np.maximum(0, 2 - 2 * gram_cosine(stats["logit_gram"])))
+    largest = float(distance.max())
+    return ((gram_cosine(outputs @ outputs.T) + 1) / 2 + 1 - distance / (largest or 1.0)) / 2
