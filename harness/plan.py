@@ -72,7 +72,7 @@ class LayerPlan:
         return cls(
             slots=tuple(_weighted(cluster, weights) for cluster in ordered),
             routes=tuple(slot_of[expert] for expert in range(len(weights))),
-            align=align,
+            align=align and len(ordered) < len(weights),
         )
 
     @classmethod
@@ -87,7 +87,7 @@ class LayerPlan:
         return cls(
             slots=tuple(_weighted(sorted(groups[centre]), weights) for centre in centres),
             routes=tuple(slot_of.get(expert) for expert in range(len(weights))),
-            align=align,
+            align=align and len(centres) < len(weights),
         )
 
     @property

@@ -1,5 +1,6 @@
 """HC-SMoE, hierarchical clustering of experts (Chen et al., ICML 2025, arXiv 2410.08589)."""
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -82,7 +83,9 @@ def linkage_clusters(
 
 def kmeans_clusters(points: np.ndarray, clusters: int, seed: int) -> list[list[int]]:
     """k-means++ and Lloyd's iterations; a cluster left empty takes the point farthest from its own centre."""
-    centres, labels = kmeans2(points, clusters, iter=100, minit="++", seed=seed, missing="warn")
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", UserWarning)  # an empty cluster: filled below
+        centres, labels = kmeans2(points, clusters, iter=100, minit="++", seed=seed, missing="warn")
     for empty in sorted(set(range(clusters)) - set(labels)):
         crowded = np.bincount(labels, minlength=clusters)[labels] > 1
         labels[np.argmax(np.where(crowded, ((points - centres[labels]) ** 2).sum(axis=1), -1))] = empty

@@ -33,7 +33,7 @@ class HOPE(LayerMethod):
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
         pruned = relaxed(pairwise_energy(stats), stats.experts - keep)
-        return LayerPlan.prune(highest(keep, -pruned), stats.experts)
+        return LayerPlan.prune(highest(keep, -pruned.round(9)), stats.experts)
 
 
 def pairwise_energy(stats: LayerStats) -> np.ndarray:
@@ -47,8 +47,9 @@ def relaxed(energy: np.ndarray, number: int) -> np.ndarray:
     p = np.full(experts, number / experts)
     for _ in range(STEPS):
         gradient = energy @ p
-        corner = np.zeros(experts)
-        corner[highest(number, -gradient, p)] = 1
+        scale = float(np.abs(gradient).max()) or 1.0
+        corner = np.ones(experts)  # rounded, so that twins stay twins whatever the order of summation
+        corner[highest(experts - number, (gradient / scale).round(12), -p.round(12))] = 0
         step = corner - p
         slope, curvature = gradient @ step, step @ energy @ step
         if slope >= -1e-12 * max(abs(p @ gradient), 1e-300):

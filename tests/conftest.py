@@ -1,11 +1,10 @@
-"""Small real mixture-of-experts models, built in the test, no network; and statistics with planted structure."""
+"""Small real mixture-of-experts models, built in the test, no network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Pre
 from harness.build import build
 from harness.models import ROOT, Model
 from harness.serve import VLLM
-from harness.stats import EXTRAS, ROUTED, LayerStats, Stats
 
 SHARED = ROOT.parent / "shared"
 EXPERTS, TOP_K, HIDDEN = 8, 2, 32
@@ -108,38 +106,3 @@ def token_batches(batches: int = 3, padded: bool = True) -> list[tuple[torch.Ten
             mask[1, 17:] = 0
         result.append((ids, mask))
     return result
-
-
-def random_stats(seed: int, experts: int = 12, layers: int = 3) -> Stats:
-    """Plausible statistics: counts with their sums, a Gram matrix of real logits, expert mean outputs."""
-    return Stats({layer: _random_layer(np.random.default_rng([seed, layer]), experts) for layer in range(layers)})
-
-
-def _random_layer(rng: np.random.Generator, experts: int) -> LayerStats:
-    count = rng.integers(5, 500, experts).astype(float)
-    gate = count * rng.uniform(0.05, 0.5, experts)
-    norm = count * rng.uniform(0.5, 3, experts)
-    logits = rng.normal(size=(64, experts)) @ rng.normal(size=(experts, experts))
-    sums = {
-        "count": count,
-        "gate": gate,
-        "norm": norm,
-        "norm_sq": norm**2 / count * rng.uniform(1, 1.5, experts),
-        "gate_norm": gate * norm / count * rng.uniform(0.8, 1.2, experts),
-        "gate_sq_norm_sq": rng.uniform(1, 9, experts),
-        "logit_gram": logits.T @ logits,
-        "all_output_sum": rng.normal(size=(experts, 20)),
-    }
-    assert set(sums) == {*ROUTED, *EXTRAS}, "plant every statistic there is"
-    return LayerStats(experts, 64, sums)
-
-
-def permuted(stats: Stats, order: np.ndarray) -> Stats:
-    """The same statistics of a model whose expert ``order[j]`` is now called j."""
-    return Stats({index: _permuted_layer(layer, order) for index, layer in stats.layers.items()})
-
-
-def _permuted_layer(layer: LayerStats, order: np.ndarray) -> LayerStats:
-    pairwise = {"logit_gram"}
-    sums = {k: (v[np.ix_(order, order)] if k in pairwise else v[order]) for k, v in layer.sums.items()}
-    return LayerStats(layer.experts, layer.tokens, sums)
