@@ -22,7 +22,7 @@ def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     waiting = [c for c in sweep.cells if not all(stages.is_done(c, task, sweep.store) for task in c.tasks)]
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
         serve.check(nbytes)
-    unread = {stages.tokens_name(cell): cell for cell in waiting if cell.calibrates}
+    unread = {cell.tokens_name: cell for cell in waiting if cell.calibrates or cell.measures_errors}
     for name, cell in unread.items():
         if not sweep.store.path("tokens", name).exists():
             cell.calibration.tokens(cell.model)  # refuses too little text

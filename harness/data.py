@@ -37,7 +37,9 @@ class Calibration:
 
     def check(self) -> None:
         """Raise UserError, before any work, if a file is missing or a number is not usable."""
-        if self.sequences < 1 or self.length < 2 or self.batch_size < 1 or self.held_out < 0:
+        if self.held_out < 0:
+            raise UserError(f"calibration.held_out={self.held_out}: sequences held out are 0 or more.")
+        if self.sequences < 1 or self.length < 2 or self.batch_size < 1:
             raise UserError(
                 f"calibration {self.name!r} asks for {self.sequences} sequences of {self.length} tokens in batches of "
                 f"{self.batch_size}: there must be at least 1 sequence, 2 tokens and 1 per batch."

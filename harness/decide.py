@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
-from harness.calibrate import Batches, calibrate_in_sequence
 from harness.plan import LayerPlan
 from harness.stats import LayerStats, Stats
 from methods import Method, SequentialMethod
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from harness.calibrate import Batches
 
 
 def decide(method: Method, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
@@ -31,6 +34,8 @@ def decide_in_sequence(
     keep: Mapping[int, int],
 ) -> dict[int, LayerPlan]:
     """As `decide`, each layer from statistics gathered behind the layers that are compressed already."""
+
+    from harness.calibrate import calibrate_in_sequence
 
     def one(layer: int, stats: LayerStats) -> LayerPlan:
         return decide(method, Stats({layer: stats}), {layer: keep[layer]})[layer]

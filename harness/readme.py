@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.models import ROOT
-from harness.report import costs, footer, frame, markdown, scores
+from harness.report import footer, frame, tables, text
 from harness.sweep import expand
 
 END = "<!-- end of table -->"
@@ -46,7 +46,10 @@ def main() -> int:
     tidy = frame(sweep)
     if (tidy["status"] != "done").any():
         raise UserError(f"sweep {sweep.name!r} is not complete. Run it first; documents show finished tables only.")
-    table = "\n\n".join([markdown(scores(tidy)), markdown(costs(tidy)[SIZES]), footer(tidy)])
+    made = tables(tidy)
+    if "costs" in made:
+        made["costs"] = made["costs"][SIZES]
+    table = f"{text(made)}\n\n{footer(tidy)}"
     file.write_text(f"{head}{begin(arguments)}\n{table}\n{END}{tail}")
     return 0
 

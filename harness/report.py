@@ -31,9 +31,10 @@ def frame(sweep: Sweep) -> pd.DataFrame:
     """Tidy: one row per cell, task and metric; one row without metric where there is no score."""
     rows: list[dict[str, Any]] = []
     for cell in sweep.cells:
+        errors = _errors(sweep.store.read_json("errors", cell.errors_name) if cell.measures_errors else None)
         for task in cell.tasks:
             found = sweep.store.read_json("records", cell.record_name(task))
-            rows += _rows({**cell.row._asdict(), "task": task.name}, found)
+            rows += _rows({**cell.row._asdict(), "task": task.name, **errors}, found)
     return pd.DataFrame(rows).drop_duplicates([*CELL, "task", "metric"]).reset_index(drop=True)
 
 
@@ -53,6 +54,14 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
     }
     metrics = found.get("metrics") or {None: {}}
     return [{**about, "metric": name, **metric} for name, metric in metrics.items()]
+
+
+def _errors(found: Mapping[str, Any] | None) -> dict[str, float]:
+    """Reconstruction error of each layer, and their mean."""
+    if found is None:
+        return {}
+    layers = {f"error_layer_{layer}": value for layer, value in found["layers"].items()}
+    return {"error": sum(layers.values()) / len(layers), **layers}
 
 
 def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -162,6 +171,64 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def errors(tidy: pd.DataFrame) -> pd.DataFrame:
+    """Reconstruction error of each compressed row: the mean over layers, and each layer's own; of seeds, their mean."""
+    layers = [str(column) for column in tidy if str(column).startswith("error_layer_")]
+    titles = {"error": "mean error", **{column: column.replace("error_layer_", "layer ") for column in layers}}
+    rows = {
+        name: {title: f"{group[column].mean():.4f}" for column, title in titles.items()}
+        for name, group in by_row(tidy)
+        if "error" in tidy and group["error"].notna().all()
+    }
+    return _table(tidy, rows) if rows else pd.DataFrame()
+
+
+def tables(tidy: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables of a sweep by what they show: a row for every cell, or, of many ratios, a column for every ratio."""
+    shown, wrong = scores(tidy), errors(tidy)
+    if len(set(tidy["ratio"]) - {0}) < 3:
+        return {
+            name: table
+            for name, table in {"scores": shown, "costs": costs(tidy), "errors": wrong}.items()
+            if len(table)
+        }
+    whole = shown[shown.index.get_level_values("ratio") == "0"]
+    columns = {str(title): shown[title].drop(whole.index) for title in shown}
+    if len(wrong):
+        columns["mean reconstruction error of the layers"] = wrong["mean error"]
+    by_ratio = {title + _uncompressed(whole, title): _by_ratio(column) for title, column in columns.items()}
+    return by_ratio
+
+
+def _by_ratio(column: pd.Series) -> pd.DataFrame:
+    """One column of a table, its ratios side by side. What a cell loses is said by the uncompressed row alone."""
+    values = column.str.replace(r" \(.*\)$", "", regex=True)
+    order = dict.fromkeys(name[:-1] for name in column.index)  # rows as they were; the ratio is the last name
+    table = values.unstack("ratio").loc[list(order)].fillna(NOT_RUN)
+    return table[sorted(table, key=lambda ratio: float(str(ratio)))]
+
+
+def _uncompressed(whole: pd.DataFrame, title: str) -> str:
+    if title not in whole or whole.empty:
+        return ""
+    return "; uncompressed " + ", ".join(whole[title])
+
+
+def agreement(tidy: pd.DataFrame) -> str:
+    """How well the reconstruction error of a row foretells its scores: Spearman's rank correlation over the compressed
+    rows of one ratio, the mean over ratios. -1: the larger the error, the lower the score, without exception.
+    """
+    done = tidy[(tidy["status"] == "done") & (tidy["ratio"] > 0)]
+    if "error" not in done or done["ratio"].nunique() < 3:
+        return ""
+    parts = []
+    for (task, metric), rows in done.groupby(["task", "metric"], sort=False):
+        means = rows.groupby(["ratio", "label"])[["error", "value"]].mean()
+        of_ratio = means.groupby("ratio").apply(lambda group: group["error"].corr(group["value"], method="spearman"))
+        parts.append(f"{task} {metric} {of_ratio.mean():+.2f}")
+    return "Rank correlation of the reconstruction error with the score, within a ratio: " + ", ".join(parts) + "."
+
+
 def footer(tidy: pd.DataFrame) -> str:
     done = tidy[tidy["status"] == "done"]
     records = len(done.drop_duplicates([*CELL, "task"]))
@@ -174,7 +241,12 @@ def footer(tidy: pd.DataFrame) -> str:
         "'MB written' is that checkpoint, 'MB distinct' what it would be if each distinct expert were stored once."
     )
     made_by = ", ".join(_distinct(done, column) for column in ("commit", "machine", "versions"))
-    return "\n".join([scores_line, sizes_line, stage_times(tidy), f"{records} records; {made_by}."])
+    errors_line = (
+        "Reconstruction error: squared error of a MoE block's output over its squared size, on held-out calibration "
+        "tokens, routed anew."
+    )
+    lines = [scores_line, sizes_line, errors_line, agreement(tidy), stage_times(tidy), f"{records} records; {made_by}."]
+    return "\n".join(line for line in lines if line)
 
 
 def stage_times(tidy: pd.DataFrame) -> str:
@@ -207,22 +279,28 @@ def failures(tidy: pd.DataFrame) -> list[str]:
 def show(sweep: Sweep) -> int:
     """Print the sweep's tables, write them and the plot, and return the exit status: 1 if a cell failed."""
     tidy = frame(sweep)
-    tables = {"scores": scores(tidy), "costs": costs(tidy)}
-    for table in tables.values():
-        print(markdown(table), end="\n\n")
+    made = tables(tidy)
+    print(text(made), end="\n\n")
     print(footer(tidy))
     for line in failures(tidy):
         print(line)
-    for path in write(sweep.store, sweep.name, tidy, tables):
+    for path in write(sweep.store, sweep.name, tidy, made):
         print(path)
     return 1 if (tidy["status"] == "failed").any() else 0
 
 
-def write(store: Store, name: str, tidy: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> Iterable[Path]:
+def text(made: Mapping[str, pd.DataFrame]) -> str:
+    """The tables in Markdown; where there are more than the usual ones, each under what it shows."""
+    titled = len(made) > 3
+    return "\n\n".join(
+        f"**{title}**\n\n{markdown(table)}" if titled else markdown(table) for title, table in made.items()
+    )
+
+
+def write(store: Store, name: str, tidy: pd.DataFrame, made: Mapping[str, pd.DataFrame]) -> Iterable[Path]:
     """Markdown, LaTeX and tidy CSV in ``tables/``, the plot in ``figures/``."""
-    text = "\n\n".join(markdown(table) for table in tables.values())
-    yield _file(store, "tables", f"{name}.md", f"{text}\n\n{footer(tidy)}\n")
-    yield _file(store, "tables", f"{name}.tex", "\n".join(latex(table) for table in tables.values()))
+    yield _file(store, "tables", f"{name}.md", f"{text(made)}\n\n{footer(tidy)}\n")
+    yield _file(store, "tables", f"{name}.tex", "\n".join(latex(table) for table in made.values()))
     yield _file(store, "tables", f"{name}.csv", tidy.to_csv(index=False))
     if (tidy["status"] == "done").any():
         for suffix in ("png", "pdf"):
@@ -236,10 +314,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame) -> str:
     """booktabs, with the signs LaTeX spells differently."""
-    text = table.reset_index().to_latex(index=False, escape=True)
+    written = table.reset_index().to_latex(index=False, escape=True)
     for sign, spelling in {"±": r"$\pm$", NOT_RUN: "--", FAILED: r"$\times$"}.items():
-        text = text.replace(sign, spelling)
-    return text
+        written = written.replace(sign, spelling)
+    return written
 
 
 def _file(store: Store, kind: str, name: str, text: str) -> Path:

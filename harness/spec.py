@@ -109,6 +109,22 @@ class Cell:
             "schema": STATS_SCHEMA,
         }
 
+    @property
+    def tokens_name(self) -> str:
+        """File name of the calibration tokens, those held out included."""
+        documents = {**self.calibration.identity(), "held_out": self.calibration.held_out}
+        return key(documents=documents, tokenizer=self.model.tokenizer_digest) + ".safetensors"
+
+    @property
+    def measures_errors(self) -> bool:
+        """Whether the plan's reconstruction error is measured: it changes experts, and tokens are held out."""
+        return bool(self.compresses and self.calibration.held_out)
+
+    @property
+    def errors_name(self) -> str:
+        """File name of the reconstruction errors of this cell's plan on its calibration set's held-out tokens."""
+        return key(plan=self.identity(), held_out=self.tokens_name, **self.observed_how()) + ".json"
+
     def record_name(self, task: Task) -> str:
         """File name of the record of this cell on one task: readable, and unique by what determines it."""
         fields = {"task": dict(task.identity()), "serve": dict(self.serve.identity()), "schema": SCORE_SCHEMA}

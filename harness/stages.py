@@ -13,37 +13,42 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness import checkpoint, stats
 from harness import plan as plans
-from harness.calibrate import calibrate, packed_batches
 from harness.decide import decide, decide_in_sequence
 from harness.errors import StageError, UserError
 from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
-from harness.reconstruct import Reconstruction
 from harness.spec import SCORE_SCHEMA, STATS_SCHEMA, Cell, method_identity
 from harness.stats import LayerStats, Stats
 from harness.store import Store, key, remove, say
 from methods import SequentialMethod
 from tasks import LLM, Score, Task
 
+if TYPE_CHECKING:
+    from harness.reconstruct import Reconstruction
+
 
 def tokens(cell: Cell, store: Store) -> np.ndarray:
-    """Packed calibration tokens [sequences, length]; the last ``held_out`` sequences are not for statistics."""
+    """Packed calibration tokens [sequences, length], for statistics."""
+    return _all_tokens(cell, store)[: cell.calibration.sequences]
+
+
+def held_out_tokens(cell: Cell, store: Store) -> np.ndarray:
+    """Tokens [held_out, length] of the same kind of text that no statistic sees."""
+    return _all_tokens(cell, store)[cell.calibration.sequences :]
+
+
+def _all_tokens(cell: Cell, store: Store) -> np.ndarray:
     from safetensors.numpy import load_file, save_file
 
-    name = tokens_name(cell)
+    name = cell.tokens_name
     path = store.once("tokens", name, lambda path: save_file({"tokens": cell.calibration.tokens(cell.model)}, path))
     return load_file(path)["tokens"]
-
-
-def tokens_name(cell: Cell) -> str:
-    documents = {**cell.calibration.identity(), "held_out": cell.calibration.held_out}
-    return key(documents=documents, tokenizer=cell.model.tokenizer_digest) + ".safetensors"
 
 
 def observed(cell: Cell, ids: np.ndarray) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def _weight_sums(cell: Cell, store: Store) -> Stats:
 
 
 def _calibration_sums(cell: Cell, store: Store) -> Stats:
-    ids = tokens(cell, store)[: cell.calibration.sequences]
+    ids = tokens(cell, store)
     fields = observed(cell, ids)
     name = key(**fields) + ".safetensors"
     path = store.path("stats", name)
@@ -88,6 +93,8 @@ def _calibration_sums(cell: Cell, store: Store) -> Stats:
 
 def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
     from tqdm import tqdm
+
+    from harness.calibrate import calibrate, packed_batches
 
     start = time.perf_counter()
     model = cell.model.load(cell.calibration.dtype)
@@ -132,7 +139,9 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
 def _decide(cell: Cell, given: Stats, store: Store) -> dict[int, LayerPlan]:
     """The method's answer. Most read statistics alone; some need the model, which is loaded for them."""
     if isinstance(cell.method, SequentialMethod):
-        ids = tokens(cell, store)[: cell.calibration.sequences]
+        from harness.calibrate import packed_batches
+
+        ids = tokens(cell, store)
         batches = list(packed_batches(ids, cell.calibration.batch_size))
         model = cell.model.load(cell.calibration.dtype)
         return decide_in_sequence(cell.method, model, batches, cell.extras, cell.routing, cell.keep)
@@ -142,29 +151,25 @@ def _decide(cell: Cell, given: Stats, store: Store) -> dict[int, LayerPlan]:
 
 
 def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
-    ids = tokens(cell, store)[cell.calibration.sequences :]
+    from harness.calibrate import packed_batches
+    from harness.reconstruct import Reconstruction
+
+    ids = held_out_tokens(cell, store)
     model = cell.model.load(cell.calibration.dtype)
     return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
 
 
 def reconstruct(cell: Cell, made: Plan, store: Store) -> None:
     """Measure the reconstruction error of every layer under the plan on held-out tokens, and keep it."""
-    name = errors_name(cell)
-    if not cell.calibration.held_out or not cell.model.experts or store.path("errors", name).exists():
+    name = cell.errors_name
+    if not cell.measures_errors or store.path("errors", name).exists():
         return
     start = time.perf_counter()
-    errors = dict.fromkeys(made.layers, 0.0)
-    if not made.is_identity:
-        errors = _reconstruction(cell, store).errors(made.layers)
+    errors = _reconstruction(cell, store).errors(made.layers)
     seconds = time.perf_counter() - start
     text = {"calibration": cell.calibration.name, "tokens": cell.calibration.held_out * cell.calibration.length}
     store.write_json("errors", name, {"layers": errors, **text, "seconds": seconds, "provenance": provenance()})
     say("reconstruct", cell.slug, f"{seconds:.1f} s, error {np.mean(list(errors.values())):.4f}")
-
-
-def errors_name(cell: Cell) -> str:
-    """Name of the reconstruction errors of this cell: of its plan, on its calibration set's held-out text."""
-    return key(plan=cell.identity(), held_out=tokens_name(cell), **cell.observed_how()) + ".json"
 
 
 @dataclass
@@ -261,7 +266,7 @@ def is_done(cell: Cell, task: Task, store: Store) -> bool:
     """Whether this cell's record on this task holds a score, and its plan's errors are known. Failed records are tried
     again.
     """
-    if cell.model.experts and cell.calibration.held_out and not store.path("errors", errors_name(cell)).exists():
+    if cell.measures_errors and not store.path("errors", cell.errors_name).exists():
         return False
     found = store.read_json("records", cell.record_name(task))
     return found is not None and found["status"] == "done"

@@ -37,7 +37,8 @@ class Sweep:
         """Raise UserError, before any work, for everything that cannot work. What cells share is looked at once."""
         for cell in self.cells:
             cell.check()
-        for calibration in dict.fromkeys(cell.calibration for cell in self.cells if cell.calibrates):
+        reading = (cell for cell in self.cells if cell.calibrates or cell.measures_errors)
+        for calibration in dict.fromkeys(cell.calibration for cell in reading):
             calibration.check()
         for task in dict.fromkeys(task for cell in self.cells for task in cell.tasks):
             task.check()

@@ -52,8 +52,9 @@ class PartialPreserve(LayerMethod):
         alone = min(int(keep * self.preserved + 1e-9), keep)
         groups = {int(expert): [int(expert)] for expert in order[:keep]}
         bases = sorted(int(expert) for expert in order[alone:keep])
+        cosine = self._cosine(stats)
         for expert in sorted(int(expert) for expert in order[keep:]) if bases else ():
-            groups[bases[int(np.argmax(self._cosine(stats)[expert, bases]))]].append(expert)
+            groups[bases[int(np.argmax(cosine[expert, bases]))]].append(expert)
         return LayerPlan.absorb(groups, positive(score))
 
     def _cosine(self, stats: LayerStats) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_experts_that_are_no_plain_matrices_are_not_aligned_but_refused(qwen_mod
 def test_the_error_is_that_of_the_exported_block_on_the_original_inputs(
     family_model: Model, kind: str, tmp_path: Path
 ) -> None:
-    """Independent of the in-memory path: blocks of the original and of the exported model, hooked inputs, plain norms."""
+    """Independent of the in-memory path: blocks of the original and the exported model, hooked inputs, plain norms."""
     plan, batches = PLANS[kind], token_batches()
     original = family_model.load("float32")
     compressed = exported(family_model, plan, tmp_path / kind)
@@ -155,7 +155,7 @@ def test_routing_as_published_agrees_on_softmax_routers_that_renormalise(qwen_mo
 
 
 def test_routing_as_published_does_not_renormalise_mixtral(tmp_path: Path) -> None:
-    """Its config has no norm_topk_prob, so the published code takes the plain softmax, though the model renormalises."""
+    """Its config has no norm_topk_prob: the published code takes the plain softmax, though the model renormalises."""
     model, batches = write_model("mixtral", tmp_path), token_batches()
     actual, paper = (calibrate(model.load("float32"), batches, routing=how) for how in ("actual", "paper"))
     for index, layer in actual.layers.items():

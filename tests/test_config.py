@@ -13,8 +13,9 @@ import pytest
 from harness import run
 from harness.errors import UserError
 from harness.models import ROOT
-from harness.spec import Cell
+from harness.spec import Cell, _modules, method_identity
 from harness.sweep import expand
+from methods import ream
 from tests.conftest import SHARED, needs_shared, write_model
 
 GROUPS = {
@@ -72,6 +73,57 @@ def test_the_uncompressed_model_has_one_record_whatever_ratio_and_seed() -> None
     assert len({cell.record_name(cell.tasks[0]) for cell in cells}) == 1
 
 
+def test_a_methods_options_show_in_its_label() -> None:
+    def labels(*overrides: str) -> list[str]:
+        return [cell.label for cell in expand(list(overrides)).cells]
+
+    assert labels("method=hc_smoe", "method.linkage=average,ward") == ["HC-SMoE", "HC-SMoE (linkage=ward)"]
+    assert labels("method=m_smoe", "method.align=weights", "method.reference_compat=true") == [
+        "M-SMoE (align=weights, reference_compat=True)"
+    ]
+    assert labels("method=random", "seed=3") == ["random"]
+    assert labels("method=hc_smoe", "method.linkage=ward", "method.label=mine") == ["mine"]
+    assert labels("method=reap", "protect=super_experts") == ["REAP + super experts"]
+
+
+def test_protection_works_with_every_score() -> None:
+    for cell in expand(["method=frequency,ean,reap,man,easy_ep,aimer", "protect=super_experts"]).cells:
+        cell.check()
+        assert "output_max" in cell.method.needs and cell.calibrates
+
+
+def test_how_statistics_were_routed_names_a_row_and_its_record() -> None:
+    actual, paper = expand(["method=reap", "routing=actual,paper"]).cells
+    assert (actual.row.routing, paper.row.routing) == ("actual", "paper")
+    assert actual.record_name(actual.tasks[0]) != paper.record_name(paper.tasks[0])
+    plain, same = expand(["method=random", "routing=actual,paper"]).cells
+    assert plain.row == same.row and plain.row.routing == "none"
+
+
+def test_only_what_reads_the_text_calibrates() -> None:
+    reads = {
+        name: expand([f"method={name}"]).cells[0].calibrates for name in ("none", "random", "aimer", "reap", "ream")
+    }
+    assert reads == {"none": False, "random": False, "aimer": False, "reap": True, "ream": True}
+
+
+def test_a_method_is_identified_by_its_parts_and_by_what_it_takes_from_others() -> None:
+    inner, other = (
+        method_identity(cell.method)
+        for cell in expand(
+            ["method=partial_preserve", "method.importance._target_=methods.reap.REAP,methods.ean.EAN"]
+        ).cells
+    )
+    assert inner["parameters"]["importance"]["class"] == "methods.reap.REAP"
+    assert inner != other
+    assert {module.__name__ for module in _modules(ream)} == {"methods", "methods.ream", "methods.reap"}
+
+
+def test_what_a_sequence_gathers_for_itself_is_not_gathered_for_all() -> None:
+    assert expand(["method=reap,ream"]).extras == []
+    assert expand(["method=reap,hope"]).extras == ["coactivation", "gated_norm_gram"]
+
+
 def test_records_are_named_by_what_determines_them() -> None:
     def name(*overrides: str) -> str:
         (cell,) = expand(overrides).cells
@@ -117,6 +169,22 @@ CASES = {
     "neither true nor false": (["keep_checkpoints=maybe"], ["maybe", "true"]),
     "a path that is no name": (["model.path=models/"], ["models/"]),
     "a sweep whose rows would be mixed up": (["calibration.sequences=8,16"], ["share the table row"]),
+    "unknown routing": (["routing=softmax"], ["softmax", "actual", "paper"]),
+    "unknown option of a method": (["method=hc_smoe", "method.linkage=nearest"], ["nearest", "average"]),
+    "options that exclude each other": (
+        ["method=hc_smoe", "method.linkage=ward", "method.distance=cosine"],
+        ["method.distance=euclidean"],
+    ),
+    "a method to protect from itself": (["method=hc_smoe", "protect=super_experts"], ["HCSMoE", "ScoreMethod"]),
+    "no held-out tokens for a method that measures": (
+        ["method=hybrid", "calibration.held_out=0"],
+        ["hybrid", "calibration.held_out"],
+    ),
+    "held out less than nothing": (["calibration.held_out=-1"], ["held out"]),
+    "an unknown class inside a method": (
+        ["method=hybrid", "method.prune._target_=methods.nothing.No"],
+        ["methods.nothing.No"],
+    ),
     "unknown extra statistic": (["collect=[entropy]"], ["entropy", "logit_gram"]),
     "a server without its address": (["serve=server", "method=none"], ["serve.url"]),
     "a server that is not there": (

@@ -62,7 +62,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, copy)
     files = shown_files()
-    assert sorted(files) == ["conf/method/gate_mass.yaml", "methods/gate_mass.py"]
+    assert sorted(files) == ["conf/method/mean_gate.yaml", "methods/mean_gate.py"]
     for path, content in files.items():
         assert not (copy / path).exists()
         (copy / path).write_text(content)
@@ -71,7 +71,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_conformance_tests_find_the_new_method(checkout: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_methods.py", "-k", "gate_mass", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "tests/test_methods.py", "-k", "mean_gate", "-p", "no:cacheprovider"],
         cwd=checkout, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -82,9 +82,9 @@ def test_the_new_method_composes_into_a_cell(checkout: Path) -> None:
     code = (
         "from harness.sweep import expand; import numpy as np\n"
         "from harness.stats import LayerStats\n"
-        "sweep = expand(['method=gate_mass', 'ratio=0.25']); sweep.check(); cell, = sweep.cells\n"
-        "layer = LayerStats(3, 9, {'gate': np.array([1.0, 3, 2])})\n"
+        "sweep = expand(['method=mean_gate', 'ratio=0.25']); sweep.check(); cell, = sweep.cells\n"
+        "layer = LayerStats(3, 9, {'gate': np.array([1.0, 6, 4]), 'count': np.array([1.0, 2, 8])})\n"
         "print(cell.label, cell.method.plan_layer(layer, 2).kept_rows)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "gate mass (1, 2)", done.stderr
+    assert done.stdout.strip() == "mean gate (0, 1)", done.stderr

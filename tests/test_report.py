@@ -41,10 +41,19 @@ class FakeCell:
     tasks: tuple[FakeTask, ...] = (FakeTask("sums"), FakeTask("facts"))
     model: FakeModel = field(default_factory=FakeModel)
     calibration: FakeCalibration = field(default_factory=FakeCalibration)
+    routing: str = "actual"
 
     @property
     def calibrates(self) -> bool:
         return self.compresses and self.label != "random"
+
+    @property
+    def measures_errors(self) -> bool:
+        return self.compresses
+
+    @property
+    def errors_name(self) -> str:
+        return f"{self.model.name}-{self.label}-{self.ratio}-{self.seed}.json"
 
     @property
     def compresses(self) -> bool:

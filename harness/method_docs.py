@@ -1,0 +1,103 @@
+"""Write docs/methods.md: every method of conf/method/, as its docstring says it.
+
+python -m harness.method_docs          (a test compares the file with what this makes)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from harness.build import CONF, build
+from harness.models import ROOT
+from harness.stats import EXTRAS, MEASURES, OF_OUTPUTS, ROUTED, WEIGHTS
+from methods import Method, SequentialMethod
+
+FILE = ROOT / "docs" / "methods.md"
+
+HEAD = """# Methods
+
+Made by `python -m harness.method_docs` from the docstrings in `methods/`. Everywhere below, f_j(x) is expert j's output
+before the gate, g_j(x) the gate that the model multiplied it with, X_j the N_j calibration tokens routed to j, and E
+the number of experts. All methods read the sums of one and the same calibration pass (`harness/stats.py`);
+`routing=paper` fills these sums with the experts and gates that REAP's published code takes instead of the model's own.
+
+**Reads**: *routed* sums cost nothing beyond a forward pass; *pairs* are E x E matrices of what the pass sees; *all
+experts* runs every expert on every token, E / top-k times the experts' share of a forward pass; *weights* reads no
+text. **Nested**: the experts kept at a higher ratio are among those kept at a lower one (merging: clusters are unions
+of the lower ratio's). **Model at planning**: most plans follow from the statistics alone, in seconds on a CPU; these
+need the model's weights once more.
+
+Of experts that nothing tells apart the one with the lowest index stays. An expert that no token was routed to scores 0.
+A sum that is not finite is refused.
+"""
+
+
+def names() -> list[str]:
+    """Every method, those that prune by a score first."""
+    made = {path.stem: method(path) for path in sorted((CONF / "method").glob("*.yaml"))}
+    return sorted(made, key=lambda name: (name != "none", name != "random", name))
+
+
+def method(path: Path) -> Method:
+    config = OmegaConf.create({"seed": 0, "method": OmegaConf.load(path)})
+    fields = dict(OmegaConf.to_container(config.method, resolve=True))  # type: ignore[arg-type]
+    fields.pop("label")
+    made: Method = build("method", fields)
+    return made
+
+
+def reads(needs: frozenset[str]) -> str:
+    """The kinds of statistics among a method's needs, the dearest last."""
+    kinds = {
+        "weights": set(WEIGHTS),
+        "routed": set(ROUTED) | {"gate_norm_turn"},
+        "pairs": set(EXTRAS) - set(OF_OUTPUTS) - {"gate_norm_turn"},
+        "all experts": set(OF_OUTPUTS),
+        "held-out error": set(MEASURES),
+    }
+    return ", ".join(kind for kind, members in kinds.items() if needs & members) or "nothing"
+
+
+def page() -> str:
+    made = {name: method(CONF / "method" / f"{name}.yaml") for name in names()}
+    sections = (line for name, here in made.items() for line in section(name, here))
+    return "\n".join([HEAD, *overview(made), *sections, *protection()])
+
+
+def overview(made: dict[str, Method]) -> Iterator[str]:
+    yield "| `method=` | idea | reads | nested | model at planning |"
+    yield "|:--|:--|:--|:--|:--|"
+    for name, here in made.items():
+        needs_model = isinstance(here, SequentialMethod) or bool(here.needs & set(MEASURES))
+        idea = " ".join(inspect.cleandoc(type(here).__doc__ or "").split("\n\n")[0].split())
+        nested = "yes" if here.nested else "no"
+        yield f"| `{name}` | {idea} | {reads(here.needs)} | {nested} | {'yes' if needs_model else 'no'} |"
+    yield ""
+
+
+def section(name: str, here: Method) -> Iterator[str]:
+    module = inspect.getmodule(type(here))
+    yield f"## `{name}`"
+    yield f"\n*{inspect.cleandoc(module.__doc__ or '')}*" if module else ""
+    yield f"\n{inspect.cleandoc(type(here).__doc__ or '')}\n"
+    yield f"Reads {', '.join(f'`{need}`' for need in sorted(here.needs)) or 'no statistics'}.\n"
+
+
+def protection() -> Iterator[str]:
+    from methods.super_experts import ProtectSuperExperts
+
+    yield "## `protect=super_experts`"
+    yield f"\n{inspect.cleandoc(ProtectSuperExperts.__doc__ or '')}\n"
+
+
+def main() -> None:
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
