@@ -61,7 +61,9 @@ def _fits(value: object, annotation: str) -> bool:
     names = [part.strip().split("[")[0] for part in annotation.split("|")]
     if isinstance(value, bool):
         return "bool" in names
-    if dataclasses.is_dataclass(value):  # an object inside another; a protocol is checked by what the object can do
+    if dataclasses.is_dataclass(value) and not isinstance(
+        value, type
+    ):  # an object inside another; a protocol is checked by what the object can do
         return "Method" in names or any(kind.__name__ in names for kind in type(value).__mro__)
     return any(isinstance(value, kinds.get(name, object)) for name in names)  # type: ignore[arg-type]
 
