@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from harness.spec import CALIBRATED
+
 
 def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     """One panel per model, task and metric from the tidy frame of `harness.report.frame`, written as ``suffix``.
@@ -33,20 +35,24 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 7), frameon=False, fontsize=9)
     figure.savefig(path, format=suffix, dpi=150)
     plt.close(figure)
 
 
 def _lines(tidy: pd.DataFrame) -> pd.Series:
-    sets = tidy["calibration"]
-    if len(set(sets) - {"none"}) < 2:
-        return tidy["label"]
-    return tidy["label"].where(sets == "none", tidy["label"] + " on " + sets)
+    lines = tidy["label"]
+    for column, word in zip(CALIBRATED, ("on", "routing"), strict=True):
+        values = tidy[column]
+        if len(set(values) - {"none"}) > 1:
+            lines = lines.where(values == "none", lines + f" {word} " + values)
+    return lines
 
 
 def draw(axes: Axes, rows: pd.DataFrame, labels: list[str]) -> None:
-    """Score in points against the share of experts removed; error bars as in the table."""
+    """Score in points against the share of experts removed; error bars as in the table. More lines than there are
+    colours go on with dashes.
+    """
     for position, label in enumerate(labels):
         of_label = rows[rows["label"] == label].sort_values("ratio")
         if of_label.empty:
@@ -58,7 +64,8 @@ def draw(axes: Axes, rows: pd.DataFrame, labels: list[str]) -> None:
             100 * groups["value"].mean(),
             yerr=100 * spread,
             label=label,
-            color=f"C{position}",
+            color=f"C{position % 10}",
+            linestyle=["-", "--", ":"][position // 10 % 3],
             marker="osv^Dp*X"[position % 8],
             markersize=5,
             capsize=2,

@@ -17,13 +17,12 @@ import pandas as pd
 
 from harness.commandline import refuse_politely
 from harness.plot import plot
-from harness.spec import Row
+from harness.spec import CALIBRATED, Row
 from harness.store import Store
 from harness.sweep import Sweep, expand
 
 NOT_RUN, FAILED = "—", "✗"
 CELL = list(Row._fields)
-CALIBRATED = ["calibration", "routing"]  # of these, what is "none" for a method that reads no calibration statistics
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -60,8 +59,8 @@ def _errors(found: Mapping[str, Any] | None) -> dict[str, float]:
     """Reconstruction error of each layer, and their mean."""
     if found is None:
         return {}
-    layers = {f"error_layer_{layer}": value for layer, value in found["layers"].items()}
-    return {"error": sum(layers.values()) / len(layers), **layers}
+    layers = {f"reconstruction_layer_{layer}": value for layer, value in found["layers"].items()}
+    return {"reconstruction": sum(layers.values()) / len(layers), **layers}
 
 
 def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -173,12 +172,15 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
 
 def errors(tidy: pd.DataFrame) -> pd.DataFrame:
     """Reconstruction error of each compressed row: the mean over layers, and each layer's own; of seeds, their mean."""
-    layers = [str(column) for column in tidy if str(column).startswith("error_layer_")]
-    titles = {"error": "mean error", **{column: column.replace("error_layer_", "layer ") for column in layers}}
+    layers = [str(column) for column in tidy if str(column).startswith("reconstruction_layer_")]
+    titles = {
+        "reconstruction": "mean error",
+        **{column: column.replace("reconstruction_layer_", "layer ") for column in layers},
+    }
     rows = {
         name: {title: f"{group[column].mean():.4f}" for column, title in titles.items()}
         for name, group in by_row(tidy)
-        if "error" in tidy and group["error"].notna().all()
+        if "reconstruction" in tidy and group["reconstruction"].notna().all()
     }
     return _table(tidy, rows) if rows else pd.DataFrame()
 
@@ -219,12 +221,14 @@ def agreement(tidy: pd.DataFrame) -> str:
     rows of one ratio, the mean over ratios. -1: the larger the error, the lower the score, without exception.
     """
     done = tidy[(tidy["status"] == "done") & (tidy["ratio"] > 0)]
-    if "error" not in done or done["ratio"].nunique() < 3:
+    if "reconstruction" not in done or done["ratio"].nunique() < 3:
         return ""
     parts = []
     for (task, metric), rows in done.groupby(["task", "metric"], sort=False):
-        means = rows.groupby(["ratio", "label"])[["error", "value"]].mean()
-        of_ratio = means.groupby("ratio").apply(lambda group: group["error"].corr(group["value"], method="spearman"))
+        means = rows.groupby(["ratio", "label"])[["reconstruction", "value"]].mean()
+        of_ratio = means.groupby("ratio").apply(
+            lambda group: group["reconstruction"].corr(group["value"], method="spearman")
+        )
         parts.append(f"{task} {metric} {of_ratio.mean():+.2f}")
     return "Rank correlation of the reconstruction error with the score, within a ratio: " + ", ".join(parts) + "."
 

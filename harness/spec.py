@@ -46,6 +46,9 @@ class Row(NamedTuple):
     seed: int | None  # None for the uncompressed model, which no seed changes
 
 
+CALIBRATED = ("calibration", "routing")  # of Row, what says how a method was calibrated
+
+
 @dataclass(frozen=True)
 class Cell:
     """A model compressed by a method at a ratio, and how it is scored. Nothing is loaded or run yet."""

@@ -19,9 +19,11 @@ from harness.decide import decide, decide_in_sequence
 from harness.errors import UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
+from harness.reconstruct import Reconstruction
 from harness.stats import EXTRAS, LayerStats, Stats
 from methods import gram_cosine, highest
 from methods.hc_smoe import kmeans_clusters, linkage_clusters
+from methods.hybrid import Hybrid
 from methods.m_smoe import dominant_experts, second_order
 from methods.partial_preserve import PartialPreserve
 from methods.ream import REAM, similarity
@@ -258,6 +260,28 @@ def test_hybrid_takes_the_better_of_both_in_every_layer() -> None:
                 assert errors[0] == min(errors[1:])
                 took.add(np.argmin(errors[1:]))
     assert took == {0, 1}, "both are taken somewhere"
+
+
+def test_hybrid_merges_the_layer_whose_experts_are_twins_and_prunes_the_others(tmp_path: Path) -> None:
+    """Through a real model and the measured error. Merged as HC-SMoE does, twins lose nothing; pruned, they do."""
+
+    def twins_in_layer_1(model: torch.nn.Module) -> None:
+        experts, gate = model.model.layers[1].mlp.experts, model.model.layers[1].mlp.gate
+        for a, b in ((0, 6), (1, 4), (2, 3), (5, 7)):
+            experts.gate_up_proj[b], experts.down_proj[b] = experts.gate_up_proj[a], experts.down_proj[a]
+            gate.weight[b] = gate.weight[a] + 0.1 * torch.randn_like(gate.weight[a])
+
+    model = write_model("qwen3_moe", tmp_path, twins_in_layer_1)
+    made = calibrate(model.load("float32"), token_batches(), frozenset(EXTRAS))
+    measured = Reconstruction(model.load("float32"), token_batches())
+    stats = Stats(made.layers, error=measured.error)
+    hybrid = Hybrid(REAP(), make("hc_smoe"))
+    plans = decide(hybrid, stats, keep_all(stats, 4))
+    assert [len(plans[index].kept_rows) for index in (0, 1, 2)] == [4, EXPERTS, 4]
+    assert measured.error(1, plans[1]) < 1e-10
+    for part in (hybrid.prune, hybrid.merge):
+        alone = decide(part, stats, keep_all(stats, 4))
+        assert all(measured.error(index, plans[index]) <= measured.error(index, alone[index]) for index in plans)
 
 
 # Planted truths, through a real model: calibrate, plan, export, load.

@@ -18,9 +18,9 @@ from harness.stats import Stats
 from methods import Method
 from methods.ean import EAN
 from methods.frequency import Frequency
-from methods.hc_smoe import HCSMoE
 from methods.reap import REAP
 from tests.conftest import needs_shared
+from tests.test_methods import make
 
 ORACLES = ("qwen3moe_random", "mixtral", "glm4_moe")
 REFERENCE_NAMES = {
@@ -31,13 +31,23 @@ REFERENCE_NAMES = {
 }
 
 
-def open_oracle(name: str) -> tuple[Model, dict, Stats]:
+REFERENCE_SCORES = {
+    "frequency": "expert_frequency",
+    "ean": "ean_sum",
+    "man": "ean_mean",
+    "seer": "weighted_expert_frequency_sum",
+    "weighted_ean": "weighted_ean_sum",
+    "reap": "reap",
+}
+
+
+def open_oracle(name: str, routing: str = "actual") -> tuple[Model, dict, Stats]:
     folder = needs_shared(f"oracles/{name}")
     oracle = json.loads((folder / "oracle.json").read_text())
     model = Model(name, str(folder / "model"))
     pairs = zip(oracle["batches"], oracle["attention_mask"], strict=True)
     batches = [(torch.tensor(ids), torch.tensor(mask)) for ids, mask in pairs]
-    stats = calibrate(model.load("float32"), batches, frozenset({"all_output_sum", "logit_gram"}))
+    stats = calibrate(model.load("float32"), batches, frozenset({"all_output_sum", "logit_gram"}), routing)
     return model, oracle, stats
 
 
@@ -69,6 +79,16 @@ def test_sums_agree(name: str) -> None:
             np.testing.assert_allclose(layer[ours], expected[theirs], rtol=1e-4, atol=1e-6, err_msg=f"{place} {ours}")
 
 
+@pytest.mark.parametrize("routing", ["actual", "paper"])
+def test_scores_agree(routing: str) -> None:
+    """The published code on a softmax router that renormalises, where both gate conventions are one."""
+    _, oracle, stats = open_oracle("qwen3moe_random", routing)
+    for place, expected in oracle["stats"].items():
+        for name, theirs in REFERENCE_SCORES.items():
+            ours = make(name).score(stats.layers[int(place)])  # type: ignore[attr-defined]
+            np.testing.assert_allclose(ours, expected[theirs], rtol=1e-4, atol=1e-6, err_msg=f"{place} {name}")
+
+
 def test_mean_outputs_of_all_experts_agree(reference: tuple[Model, dict, Stats]) -> None:
     _, oracle, stats = reference
     for place, expected in oracle["characteristic_activation"].items():
@@ -93,7 +113,7 @@ def test_pruning_agrees(
 def test_hc_smoe_agrees(reference: tuple[Model, dict, Stats], tmp_path: Path, ratio: float) -> None:
     model, oracle, stats = reference
     expected = oracle["hc_smoe"][str(ratio)]
-    plan = planned(model, stats, HCSMoE(), ratio)
+    plan = planned(model, stats, make("hc_smoe"), ratio)
     for place, labels in expected["labels"].items():
         ours = plan.layers[int(place)].routes
         pairs = set(zip(ours, labels, strict=True))

@@ -211,3 +211,54 @@ def test_costs_name_what_a_size_counts(tmp_path: Path) -> None:
     assert row["experts written per layer"] == "6"
     assert row["MB before"] == "8.00" and row["MB written"] == "6.00"
     assert row["score s"] == "2.5", "summed over the two tasks"
+
+
+def write_errors(store: Store, cell: FakeCell, *layers: float) -> None:
+    store.write_json("errors", cell.errors_name, {"layers": {str(i): value for i, value in enumerate(layers)}})
+
+
+def test_errors_are_shown_for_each_layer_and_averaged_over_seeds(tmp_path: Path) -> None:
+    cells = [FakeCell("uncompressed", 0.0), *(FakeCell("REAP", 0.25, seed) for seed in (0, 1)), FakeCell("EAN", 0.25)]
+    sweep = sweep_of(tmp_path, cells)
+    for cell in cells:
+        for task in cell.tasks:
+            write_record(sweep.store, cell, task, 0.5)
+    write_errors(sweep.store, cells[1], 0.1, 0.3)
+    write_errors(sweep.store, cells[2], 0.2, 0.6)
+    table = report.errors(report.frame(sweep))
+    assert table.index.tolist() == [("toy", "REAP", "0.25")], "nothing is said where nothing was measured"
+    assert table.iloc[0].to_dict() == {"mean error": "0.3000", "layer 0": "0.1500", "layer 1": "0.4500"}
+
+
+def by_ratio_sweep(tmp_path: Path) -> Sweep:
+    """Two methods at three ratios: the larger the error, the lower the score; one cell failed."""
+    ratios = (0.125, 0.25, 0.5)
+    cells = [FakeCell("uncompressed", 0.0), *(FakeCell(label, ratio) for label in ("REAP", "EAN") for ratio in ratios)]
+    sweep = sweep_of(tmp_path, cells)
+    for place, cell in enumerate(cells):
+        for task in cell.tasks:
+            value = 1 - 0.1 * place if (cell.label, cell.ratio, task.name) != ("EAN", 0.25, "facts") else None
+            write_record(sweep.store, cell, task, value)
+        if cell.compresses:
+            write_errors(sweep.store, cell, 0.01 * place)
+    return sweep
+
+
+def test_many_ratios_stand_side_by_side(tmp_path: Path) -> None:
+    made = report.tables(report.frame(by_ratio_sweep(tmp_path)))
+    assert list(made) == [
+        "sums acc (n=300); uncompressed 100.0 ± 2.0",
+        "facts acc (n=300); uncompressed 100.0 ± 2.0",
+        "mean reconstruction error of the layers",
+    ]
+    sums, facts, wrong = made.values()
+    assert sums.columns.tolist() == ["0.125", "0.25", "0.5"]
+    assert sums.loc[("toy", "REAP")].tolist() == ["90.0 ± 2.0", "80.0 ± 2.0", "70.0 ± 2.0"]
+    assert facts.loc[("toy", "EAN")].tolist() == ["60.0 ± 2.0", report.FAILED, "40.0 ± 2.0"]
+    assert wrong.loc[("toy", "EAN")].tolist() == ["0.0400", "0.0500", "0.0600"]
+    assert sums.index.tolist() == [("toy", "REAP"), ("toy", "EAN")], "in the order of the sweep"
+
+
+def test_the_error_is_compared_with_the_score_within_each_ratio(tmp_path: Path) -> None:
+    assert "sums acc -1.00" in report.agreement(report.frame(by_ratio_sweep(tmp_path)))
+    assert report.agreement(report.frame(filled(tmp_path / "few"))) == ""
