@@ -11,10 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from harness import tables
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.models import ROOT
-from harness.report import footer, frame, tables, text
+from harness.report import frame
 from harness.sweep import expand
 
 END = "<!-- end of table -->"
@@ -46,10 +47,10 @@ def main() -> int:
     tidy = frame(sweep)
     if (tidy["status"] != "done").any():
         raise UserError(f"sweep {sweep.name!r} is not complete. Run it first; documents show finished tables only.")
-    made = tables(tidy)
+    made = tables.all_of(tidy)
     if "costs" in made:
         made["costs"] = made["costs"][SIZES]
-    table = f"{text(made)}\n\n{footer(tidy)}"
+    table = f"{tables.text(made)}\n\n{tables.footer(tidy)}"
     file.write_text(f"{head}{begin(arguments)}\n{table}\n{END}{tail}")
     return 0
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Cell:
     def slug(self) -> str:
         parts = [self.model.name, self.label]
         parts += [f"r{self.ratio:.4g}", f"s{self.seed}"] if self.compresses else []
-        return "-".join(parts).lower().replace("/", "_").replace(" ", "_")
+        return re.sub(r"[^\w.-]+", "_", "-".join(parts).lower()).strip("_")
 
     @property
     def row(self) -> Row:

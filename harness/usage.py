@@ -23,10 +23,10 @@ from harness import stages
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.models import Model
-from harness.report import markdown
 from harness.spec import Cell
 from harness.store import Store, key, say
 from harness.sweep import expand
+from harness.tables import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness import plot, report
+from harness import plot, report, tables
 from harness.spec import Cell
 from harness.store import Store
 from harness.sweep import Sweep
@@ -75,7 +75,7 @@ def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | No
         "error": "Traceback\nStageError: the server died" if value is None else None,
         "original": {"parameters": 100, "bytes": 8_000_000},
         "size": {"experts": 6, "distinct": 6.0, "parameters": 75, "bytes": 6_000_000, "distinct_bytes": 6_000_000},
-        "seconds": dict.fromkeys(report.STAGES, 1.25),
+        "seconds": dict.fromkeys(tables.STAGES, 1.25),
         "provenance": {"commit": "abc", "changed": False, "versions": {"torch": "2"}, "processor": "cpu", "cores": 2},
     }
     if value is not None:
@@ -100,7 +100,7 @@ def filled(tmp_path: Path) -> Sweep:
 
 
 def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:
-    table = report.scores(report.frame(filled(tmp_path)))
+    table = tables.scores(report.frame(filled(tmp_path)))
     assert table.loc[("toy", "uncompressed", "0"), "sums acc (n=300)"] == "90.0 ± 2.0"
     assert table.loc[("toy", "REAP", "0.25"), "sums acc (n=300)"] == "85.0 ± 2.0 (-5.0)"
     assert table.loc[("toy", "REAP", "0.25"), "facts acc (n=300)"] == "81.0 ± 2.0 (+1.0)"
@@ -108,9 +108,9 @@ def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:
 
 def test_failed_and_absent_cells_are_shown_as_such(tmp_path: Path) -> None:
     sweep = filled(tmp_path)
-    table = report.scores(report.frame(sweep))
-    assert table.loc[("toy", "EAN", "0.25")].tolist() == [report.FAILED, report.NOT_RUN]
-    assert report.failures(report.frame(sweep)) == ["✗ EAN ratio=0.25 sums: StageError: the server died"]
+    table = tables.scores(report.frame(sweep))
+    assert table.loc[("toy", "EAN", "0.25")].tolist() == [tables.FAILED, tables.NOT_RUN]
+    assert tables.failures(report.frame(sweep)) == ["✗ EAN ratio=0.25 sums: StageError: the server died"]
 
 
 def test_seeds_are_averaged_only_when_all_are_there(tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_seeds_are_averaged_only_when_all_are_there(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, cells)
     for cell, value in zip(cells, (0.5, 0.6, 0.7), strict=True):
         write_record(sweep.store, cell, cell.tasks[0], value)
-    assert report.scores(report.frame(sweep)).iloc[0, 0] == "60.0 ± 10.0"
+    assert tables.scores(report.frame(sweep)).iloc[0, 0] == "60.0 ± 10.0"
     write_record(sweep.store, cells[1], cells[1].tasks[0], None)
-    assert report.scores(report.frame(sweep)).iloc[0, 0] == "✗ 1 of 3 seeds"
+    assert tables.scores(report.frame(sweep)).iloc[0, 0] == "✗ 1 of 3 seeds"
     (tmp_path / "records" / cells[1].record_name(cells[1].tasks[0])).unlink()
-    assert report.scores(report.frame(sweep)).iloc[0, 0] == "— 1 of 3 seeds"
+    assert tables.scores(report.frame(sweep)).iloc[0, 0] == "— 1 of 3 seeds"
 
 
 def test_the_uncompressed_model_appears_once_however_the_grid_repeats_it(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_every_model_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, cells)
     for cell, value in zip(cells, (0.9, 0.8, 0.5, 0.2), strict=True):
         write_record(sweep.store, cell, task[0], value)
-    assert report.scores(report.frame(sweep)).iloc[:, 0].to_dict() == {
+    assert tables.scores(report.frame(sweep)).iloc[:, 0].to_dict() == {
         ("a", "uncompressed", "0"): "90.0 ± 2.0",
         ("a", "REAP", "0.25"): "80.0 ± 2.0 (-10.0)",
         ("b", "uncompressed", "0"): "50.0 ± 2.0",
@@ -154,7 +154,7 @@ def test_a_sweep_over_calibration_sets_has_a_column_for_them(tmp_path: Path) -> 
     sweep = sweep_of(tmp_path, [FakeCell("uncompressed", 0.0, 0, task), *cells])
     for cell, value in zip(sweep.cells, (0.9, 0.5, 0.2, 0.1, 0.1), strict=True):
         write_record(sweep.store, cell, cell.tasks[0], value)  # type: ignore[arg-type]
-    table = report.scores(report.frame(sweep))
+    table = tables.scores(report.frame(sweep))
     assert table.index.names == ["model", "method", "calibration", "ratio"]
     assert table.iloc[:, 0].to_dict() == {
         ("toy", "uncompressed", "none", "0"): "90.0 ± 2.0",
@@ -162,7 +162,7 @@ def test_a_sweep_over_calibration_sets_has_a_column_for_them(tmp_path: Path) -> 
         ("toy", "REAP", "facts", "0.5"): "20.0 ± 2.0 (-70.0)",
         ("toy", "random", "none", "0.5"): "10.0 ± 2.0 (-80.0)",
     }
-    assert len(report.costs(report.frame(sweep))) == 4
+    assert len(tables.costs(report.frame(sweep))) == 4
     assert set(plot._lines(report.frame(sweep))) == {"uncompressed", "REAP on code", "REAP on facts", "random"}
 
 
@@ -207,7 +207,7 @@ def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_costs_name_what_a_size_counts(tmp_path: Path) -> None:
-    row = report.costs(report.frame(filled(tmp_path))).loc[("toy", "REAP", "0.25")]
+    row = tables.costs(report.frame(filled(tmp_path))).loc[("toy", "REAP", "0.25")]
     assert row["experts written per layer"] == "6"
     assert row["MB before"] == "8.00" and row["MB written"] == "6.00"
     assert row["score s"] == "2.5", "summed over the two tasks"
@@ -225,7 +225,7 @@ def test_errors_are_shown_for_each_layer_and_averaged_over_seeds(tmp_path: Path)
             write_record(sweep.store, cell, task, 0.5)
     write_errors(sweep.store, cells[1], 0.1, 0.3)
     write_errors(sweep.store, cells[2], 0.2, 0.6)
-    table = report.errors(report.frame(sweep))
+    table = tables.errors(report.frame(sweep))
     assert table.index.tolist() == [("toy", "REAP", "0.25")], "nothing is said where nothing was measured"
     assert table.iloc[0].to_dict() == {"mean error": "0.3000", "layer 0": "0.1500", "layer 1": "0.4500"}
 
@@ -245,7 +245,7 @@ def by_ratio_sweep(tmp_path: Path) -> Sweep:
 
 
 def test_many_ratios_stand_side_by_side(tmp_path: Path) -> None:
-    made = report.tables(report.frame(by_ratio_sweep(tmp_path)))
+    made = tables.all_of(report.frame(by_ratio_sweep(tmp_path)))
     assert list(made) == [
         "sums acc (n=300); uncompressed 100.0 ± 2.0",
         "facts acc (n=300); uncompressed 100.0 ± 2.0",
@@ -254,11 +254,11 @@ def test_many_ratios_stand_side_by_side(tmp_path: Path) -> None:
     sums, facts, wrong = made.values()
     assert sums.columns.tolist() == ["0.125", "0.25", "0.5"]
     assert sums.loc[("toy", "REAP")].tolist() == ["90.0 ± 2.0", "80.0 ± 2.0", "70.0 ± 2.0"]
-    assert facts.loc[("toy", "EAN")].tolist() == ["60.0 ± 2.0", report.FAILED, "40.0 ± 2.0"]
+    assert facts.loc[("toy", "EAN")].tolist() == ["60.0 ± 2.0", tables.FAILED, "40.0 ± 2.0"]
     assert wrong.loc[("toy", "EAN")].tolist() == ["0.0400", "0.0500", "0.0600"]
     assert sums.index.tolist() == [("toy", "REAP"), ("toy", "EAN")], "in the order of the sweep"
 
 
 def test_the_error_is_compared_with_the_score_within_each_ratio(tmp_path: Path) -> None:
-    assert "sums acc -1.00" in report.agreement(report.frame(by_ratio_sweep(tmp_path)))
-    assert report.agreement(report.frame(filled(tmp_path / "few"))) == ""
+    assert "sums acc -1.00" in tables.agreement(report.frame(by_ratio_sweep(tmp_path)))
+    assert tables.agreement(report.frame(filled(tmp_path / "few"))) == ""

@@ -18,8 +18,8 @@ import pandas as pd
 from harness import stages
 from harness.commandline import checked, refuse_politely
 from harness.errors import StageError
-from harness.report import markdown
 from harness.run import run
+from harness.tables import markdown
 from tasks.lm_harness import LmEval
 
 SETTING = ("model=smol_dense", "suite=smol", "method=none", "serve.dtype=float32")

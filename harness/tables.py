@@ -1,0 +1,242 @@
+"""Tables of a sweep: pure functions of the tidy frame that `harness.report` makes of its records.
+
+A cell without a record shows "—", a failed one "✗"; neither is ever averaged over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+
+from harness.spec import CALIBRATED, Row
+
+NOT_RUN, FAILED = "—", "✗"
+CELL = list(Row._fields)
+STAGES = ("calibrate", "plan", "export", "serve", "score")
+
+
+def by_row(tidy: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """The table's rows, named by `row_names`, each with its part of the tidy frame: all seeds, tasks and metrics."""
+    names = row_names(tidy)
+    for values, group in tidy.groupby([column for column in CELL if column != "seed"], sort=False):
+        row = {**dict(zip(CELL, values, strict=False)), "method": values[CELL.index("label")]}
+        yield tuple(f"{row[name]:.4g}" if name == "ratio" else str(row[name]) for name in names), group
+
+
+def row_names(tidy: pd.DataFrame) -> list[str]:
+    """What names a row: how a method was calibrated only where there are several ways to tell apart."""
+    several = [column for column in CALIBRATED if len(set(tidy[column]) - {"none"}) > 1]
+    return ["model", "method", *several, "ratio"]
+
+
+def scores(tidy: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, ratio and (if there are several) calibration set, one column per task and metric:
+    ``value ± standard error (difference)`` in points.
+
+    With several seeds the value is their mean and ± their standard deviation. The difference is from the uncompressed
+    model's value on the same task.
+    """
+    columns = [(task, metric) for task in tidy["task"].unique() for metric in _known_metrics(tidy, task)]
+    return _table(
+        tidy,
+        {
+            name: {_title(tidy, task, metric): _entry(tidy, group, task, metric) for task, metric in columns}
+            for name, group in by_row(tidy)
+        },
+    )
+
+
+def _table(tidy: pd.DataFrame, rows: dict[tuple[str, ...], dict[str, str]]) -> pd.DataFrame:
+    result = pd.DataFrame.from_dict(rows, orient="index")
+    result.index = pd.MultiIndex.from_tuples(rows, names=row_names(tidy))
+    return result
+
+
+def _known_metrics(tidy: pd.DataFrame, task: str) -> list[str | None]:
+    known = tidy[(tidy["task"] == task) & tidy["metric"].notna()]["metric"].unique().tolist()
+    return known or [None]
+
+
+def _title(tidy: pd.DataFrame, task: str, metric: str | None) -> str:
+    if metric is None:
+        return task
+    numbers = tidy[(tidy["task"] == task) & (tidy["metric"] == metric)]["n"].dropna().unique()
+    return f"{task} {metric} (n={', '.join(f'{n:.0f}' for n in numbers)})"
+
+
+def _entry(tidy: pd.DataFrame, group: pd.DataFrame, task: str, metric: str | None) -> str:
+    here = group[group["task"] == task]
+    seeds = here["seed"].nunique(dropna=False)
+    failed, absent = here[here["status"] == "failed"], here[here["status"] == "not run"]
+    if len(failed) or len(absent) or metric is None:
+        mark = FAILED if len(failed) else NOT_RUN
+        missing = pd.concat([failed, absent])["seed"].nunique(dropna=False)
+        return mark if seeds == 1 else f"{mark} {missing} of {seeds} seeds"
+    values = here[here["metric"] == metric]
+    spread = values["stderr"].iloc[0] if len(values) == 1 else values["value"].std(ddof=1)
+    text = f"{100 * values['value'].mean():.1f} ± {100 * spread:.1f}"
+    base = _baseline(tidy[tidy["model"] == group["model"].iloc[0]], task, metric)
+    if base is None or (group["ratio"] == 0).all():
+        return text
+    return f"{text} ({100 * (values['value'].mean() - base):+.1f})"
+
+
+def _baseline(tidy: pd.DataFrame, task: str, metric: str) -> float | None:
+    rows = tidy[(tidy["ratio"] == 0) & (tidy["task"] == task) & (tidy["metric"] == metric)]
+    return float(rows["value"].iloc[0]) if len(rows) else None
+
+
+def costs(tidy: pd.DataFrame) -> pd.DataFrame:
+    """What each row's model holds, and the seconds its stages took (of one seed; scoring summed over tasks)."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, group in by_row(tidy):
+        done = group[group["status"] == "done"]
+        first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
+        rows[name] = _cost(first)
+    return _table(tidy, rows).fillna(NOT_RUN)
+
+
+def _cost(rows: pd.DataFrame) -> dict[str, str]:
+    if rows.empty:
+        return {}
+    row = rows.iloc[0]
+    return {
+        "experts written per layer": f"{row['size_experts']:.0f}",
+        "distinct": f"{row['size_distinct']:.4g}",
+        "MB before": f"{row['original_bytes'] / 1e6:.2f}",
+        "MB written": f"{row['size_bytes'] / 1e6:.2f}",
+        "MB distinct": f"{row['size_distinct_bytes'] / 1e6:.2f}",
+        **{f"{stage} s": f"{row[f'seconds_{stage}']:.1f}" for stage in STAGES[:-1]},
+        "score s": f"{rows['seconds_score'].sum():.1f}",
+    }
+
+
+def errors(tidy: pd.DataFrame) -> pd.DataFrame:
+    """Reconstruction error of each compressed row: the mean over layers, and each layer's own; of seeds, their mean."""
+    layers = [str(column) for column in tidy if str(column).startswith("reconstruction_layer_")]
+    titles = {
+        "reconstruction": "mean error",
+        **{column: column.replace("reconstruction_layer_", "layer ") for column in layers},
+    }
+    rows = {
+        name: {title: f"{group[column].mean():.4f}" for column, title in titles.items()}
+        for name, group in by_row(tidy)
+        if "reconstruction" in tidy and group["reconstruction"].notna().all()
+    }
+    return _table(tidy, rows) if rows else pd.DataFrame()
+
+
+def all_of(tidy: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables of a sweep by what they show: a row for every cell, or, of many ratios, a column for every ratio."""
+    shown, wrong = scores(tidy), errors(tidy)
+    if len(set(tidy["ratio"]) - {0}) < 3:
+        return {
+            name: table
+            for name, table in {"scores": shown, "costs": costs(tidy), "errors": wrong}.items()
+            if len(table)
+        }
+    whole = shown[shown.index.get_level_values("ratio") == "0"]
+    columns = {str(title): shown[title].drop(whole.index) for title in shown}
+    if len(wrong):
+        columns["mean reconstruction error of the layers"] = wrong["mean error"]
+    by_ratio = {title + _uncompressed(whole, title): _by_ratio(column) for title, column in columns.items()}
+    return by_ratio
+
+
+def _by_ratio(column: pd.Series) -> pd.DataFrame:
+    """One column of a table, its ratios side by side. What a cell loses is said by the uncompressed row alone."""
+    values = column.str.replace(r" \(.*\)$", "", regex=True)
+    order = dict.fromkeys(name[:-1] for name in column.index)  # rows as they were; the ratio is the last name
+    table = values.unstack("ratio").loc[list(order)].fillna(NOT_RUN)
+    return table[sorted(table, key=lambda ratio: float(str(ratio)))]
+
+
+def _uncompressed(whole: pd.DataFrame, title: str) -> str:
+    if title not in whole or whole.empty:
+        return ""
+    return "; uncompressed " + ", ".join(whole[title])
+
+
+def agreement(tidy: pd.DataFrame) -> str:
+    """How well the reconstruction error of a row foretells its scores: Spearman's rank correlation over the compressed
+    rows of one ratio, the mean over ratios. -1: the larger the error, the lower the score, without exception.
+    """
+    done = tidy[(tidy["status"] == "done") & (tidy["ratio"] > 0)]
+    if "reconstruction" not in done or done["ratio"].nunique() < 3:
+        return ""
+    parts = []
+    for (task, metric), rows in done.groupby(["task", "metric"], sort=False):
+        means = rows.groupby(["ratio", "label"])[["reconstruction", "value"]].mean()
+        of_ratio = means.groupby("ratio").apply(
+            lambda group: group["reconstruction"].corr(group["value"], method="spearman")
+        )
+        parts.append(f"{task} {metric} {of_ratio.mean():+.2f}")
+    return "Rank correlation of the reconstruction error with the score, within a ratio: " + ", ".join(parts) + "."
+
+
+def footer(tidy: pd.DataFrame) -> str:
+    done = tidy[tidy["status"] == "done"]
+    records = len(done.drop_duplicates([*CELL, "task"]))
+    scores_line = (
+        "Scores in points ± standard error over the n items (± standard deviation where a row averages several seeds); "
+        "in brackets the difference from the uncompressed model."
+    )
+    sizes_line = (
+        f"{NOT_RUN} not run, {FAILED} failed. Merged experts are copied to every router row a stock checkpoint needs: "
+        "'MB written' is that checkpoint, 'MB distinct' what it would be if each distinct expert were stored once."
+    )
+    made_by = ", ".join(_distinct(done, column) for column in ("commit", "machine", "versions"))
+    errors_line = (
+        "Reconstruction error: squared error of a MoE block's output over its squared size, on held-out calibration "
+        "tokens, routed anew."
+    )
+    lines = [scores_line, sizes_line, errors_line, agreement(tidy), stage_times(tidy), f"{records} records; {made_by}."]
+    return "\n".join(line for line in lines if line)
+
+
+def stage_times(tidy: pd.DataFrame) -> str:
+    """Seconds of each stage over the whole sweep: calibration once per pass, serving once per plan."""
+    done = tidy[tidy["status"] == "done"].drop_duplicates([*CELL, "task"])
+    if done.empty:
+        return "No stage has run."
+    plans = done.drop_duplicates(CELL)
+    seconds = {
+        "calibrate": sum(plans["seconds_calibrate"].unique()),
+        **{stage: plans[f"seconds_{stage}"].sum() for stage in ("plan", "export", "serve")},
+        "score": done["seconds_score"].sum(),
+    }
+    return "Seconds in all: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()) + "."
+
+
+def _distinct(tidy: pd.DataFrame, column: str) -> str:
+    return ", ".join(str(value) for value in tidy[column].dropna().unique()) if column in tidy else "none"
+
+
+def failures(tidy: pd.DataFrame) -> list[str]:
+    """One line for each failed cell: what failed and the last line of why."""
+    failed = tidy[tidy["status"] == "failed"]
+    return [
+        f"{FAILED} {row['label']} ratio={row['ratio']:.4g} {row['task']}: {str(row['error']).strip().splitlines()[-1]}"
+        for _, row in failed.iterrows()
+    ]
+
+
+def text(made: Mapping[str, pd.DataFrame]) -> str:
+    """The tables in Markdown; where there are more than the usual ones, each under what it shows."""
+    titled = len(made) > 3
+    return "\n\n".join(
+        f"**{title}**\n\n{markdown(table)}" if titled else markdown(table) for title, table in made.items()
+    )
+
+
+def markdown(table: pd.DataFrame) -> str:
+    return str(table.reset_index().to_markdown(index=False, disable_numparse=True))
+
+
+def latex(table: pd.DataFrame) -> str:
+    """booktabs, with the signs LaTeX spells differently."""
+    written = table.reset_index().to_latex(index=False, escape=True)
+    for sign, spelling in {"±": r"$\pm$", NOT_RUN: "--", FAILED: r"$\times$"}.items():
+        written = written.replace(sign, spelling)
+    return written
