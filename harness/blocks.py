@@ -39,6 +39,7 @@ def compress_block(block: nn.Module, layer: int, plan: LayerPlan) -> None:
     experts = len(plan.routes)
     orders = _unit_orders(block.experts, plan) if plan.align else {}  # type: ignore[arg-type]
     tensors = [*block.named_parameters(), *block.named_buffers()]
+    routers = 0
     for name, tensor in tensors:
         kind = role(f"layers.{layer}.block.{name}", tensor.shape, {layer: experts}).kind
         if kind == "fused":
@@ -46,6 +47,8 @@ def compress_block(block: nn.Module, layer: int, plan: LayerPlan) -> None:
         elif kind == "router":
             rows = torch.tensor(plan.kept_rows, device=tensor.device)
             _replace(block, name, tensor.index_select(0 if tensor.shape[0] == experts else 1, rows))
+            routers += 1
+    assert routers, f"{type(block).__name__} of layer {layer} has no router that is known as one"
     for module in block.modules():
         for count in EXPERT_COUNT:
             if getattr(module, count, None) == experts:

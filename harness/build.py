@@ -61,11 +61,12 @@ def _fits(value: object, annotation: str) -> bool:
     names = [part.strip().split("[")[0] for part in annotation.split("|")]
     if isinstance(value, bool):
         return "bool" in names
-    if dataclasses.is_dataclass(value) and not isinstance(
-        value, type
-    ):  # an object inside another; a protocol is checked by what the object can do
-        return "Method" in names or any(kind.__name__ in names for kind in type(value).__mro__)
-    return any(isinstance(value, kinds.get(name, object)) for name in names)  # type: ignore[arg-type]
+    return any(_is_a(value, name, kinds.get(name)) for name in names)
+
+
+def _is_a(value: object, name: str, kind: Any) -> bool:
+    """Whether a value is of a plain type, or, for a type of our own, of a class of that name."""
+    return isinstance(value, kind) if kind else any(base.__name__ == name for base in type(value).__mro__)
 
 
 def one_message(error: Exception) -> str:

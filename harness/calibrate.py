@@ -42,10 +42,7 @@ def calibrate(
     observer = Observer(model, extras, routing)
     observer.watch(batches)
     if not observer.layers:
-        raise UserError(
-            f"{type(model).__name__} does not route its experts through transformers' experts interface, so its "
-            "experts cannot be observed. Architectures with fused experts modules of transformers 5 can."
-        )
+        raise _unobservable(model)
     return Stats({index: layer.finish() for index, layer in sorted(observer.layers.items())})
 
 
@@ -65,9 +62,18 @@ def calibrate_in_sequence(
     for layer, block in moe_blocks(model).items():
         observer = Observer(model, extras, routing, only=layer)
         observer.watch(batches)
+        if layer not in observer.layers:
+            raise _unobservable(model)
         plans[layer] = decide(layer, observer.layers[layer].finish())
         compress_block(block, layer, plans[layer])
     return plans
+
+
+def _unobservable(model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"{type(model).__name__} does not route its experts through transformers' experts interface, so its experts "
+        "cannot be observed. Architectures with fused experts modules of transformers 5 can."
+    )
 
 
 @dataclass
@@ -115,7 +121,7 @@ class Observer:
 
     @property
     def reads_logits(self) -> bool:
-        return self.routing == "paper" or bool(self.extras & {"logit_gram", "all_gated_output_sum"})
+        return self.routing == "paper" or bool(self.extras & {"logit_sum", "logit_gram", "all_gated_output_sum"})
 
     def watch(self, batches: Batches) -> None:
         """Run the model over the batches and add up."""
@@ -209,7 +215,8 @@ class Observer:
             "gate_norm_turn": lambda: sums.gate_norm_turn(
                 index, weight, outputs, self.residual.pop(layer, mask), count
             ),
-            "logit_gram": lambda: _gram(logits),
+            "logit_sum": lambda: _known(logits).double().sum(dim=0),
+            "logit_gram": lambda: _known(logits).double().T @ _known(logits).double(),
         }
         here.add({name: extra[name]() for name in self.extras & extra.keys()})
         self._observe_all_experts(here, experts, hidden, logits)
@@ -225,9 +232,9 @@ class Observer:
             here.add({name: found[name] for name in wanted})
 
 
-def _gram(logits: Tensor | None) -> Tensor:
+def _known(logits: Tensor | None) -> Tensor:
     assert logits is not None
-    return logits.double().T @ logits.double()
+    return logits
 
 
 def packed_batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

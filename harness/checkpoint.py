@@ -84,6 +84,8 @@ def export(model: Model, plan: Plan, folder: Path) -> None:
     One output file per input file, in the memory of one tensor plus one layer's merged experts.
     """
     plan.validate(model.experts, model.top_k)
+    if any(layer.align for layer in plan.layers.values()):
+        check_alignable(model)
     count = written_experts(plan)
     writer = _Writer(model, plan)
     names: dict[str, str] = {}
@@ -169,14 +171,9 @@ class _Writer:
         return self.merged[slot, here.part]
 
     def _units(self, prefix: str, expert: int) -> list[torch.Tensor]:
-        """An expert's matrices with one row per hidden unit. Raises UserError for experts of other parts."""
+        """An expert's matrices with one row per hidden unit."""
         parts = {part: self.model.tensors.get(f"{prefix}{expert}.{part}") for part in (*UNITS_FIRST, *UNITS_LAST)}
         present = {part: tensor for part, tensor in parts.items() if tensor is not None}
-        if len(present) != 3:
-            raise UserError(
-                f"Hidden units of expert {prefix}{expert} cannot be aligned: it is not stored as gate, up and down "
-                "matrices. Merge without alignment."
-            )
         return [_matrix(tensor) if part in UNITS_FIRST else _matrix(tensor).T for part, tensor in present.items()]
 
     def _ordered(self, tensor: Tensor, expert: int, part: str) -> bytes:
@@ -189,8 +186,6 @@ class _Writer:
         return _encoded(ordered)
 
     def _rows(self, layer: LayerPlan, here: Role, tensor: Tensor) -> bytes:
-        if layer.align and here.kind == "fused":
-            raise UserError("Experts stored in one fused tensor cannot be aligned. Merge without alignment.")
         rowwise = Tensor(tensor.file, tensor.dtype, (len(layer.routes),), tensor.start, tensor.end)
         if here.kind == "router":
             return rowwise.read_rows(layer.kept_rows)
@@ -227,8 +222,6 @@ def _encoded(values: torch.Tensor) -> bytes:
 
 
 def _matrix(tensor: Tensor) -> torch.Tensor:
-    if tensor.dtype not in MERGEABLE or len(tensor.shape) != 2:
-        raise UserError(f"Experts stored as {tensor.dtype} {tensor.shape} cannot be aligned. Merge without alignment.")
     return decoded(tensor.read(), tensor.dtype).reshape(tensor.shape)
 
 
@@ -274,6 +267,18 @@ def verify(folder: Path, source: Model) -> None:
     for name, tensor in written.tensors.items():
         if not _finite(tensor):
             raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite.")
+
+
+def check_alignable(model: Model) -> None:
+    """Raise UserError unless every expert is stored as gate, up and down matrices of its own, in plain numbers."""
+    for name, tensor in model.tensors.items():
+        here = role(name, tensor.shape, model.experts)
+        plain = here.part in (*UNITS_FIRST, *UNITS_LAST) and tensor.dtype in MERGEABLE
+        if here.kind == "fused" or (here.kind == "expert" and not plain):
+            raise UserError(
+                f"Hidden units cannot be aligned: {name} ({tensor.dtype}) is no plain gate, up or down matrix of one "
+                "expert. Choose a method that does not align, such as m_smoe with method.align=null."
+            )
 
 
 def check_structure(model: Model) -> None:

@@ -71,30 +71,39 @@ class Calibration:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
-        wanted = [self.sequences * self.length, self.held_out * self.length]
-        parts: list[list[int]] = [[]]
+        wanted = (self.sequences * self.length, self.held_out * self.length)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        documents: list[list[int]] = []
+        missing = sum(wanted)
         for text in self._shuffled():
-            if len(parts[-1]) >= wanted[len(parts) - 1]:
-                parts.append([])
-            if len(parts) > len(wanted):
-                break
-            parts[-1] += tokenizer(text, add_special_tokens=False)["input_ids"]
-            if tokenizer.eos_token_id is not None:
-                parts[-1].append(tokenizer.eos_token_id)
-        parts = [part[:number] for part, number in zip([*parts, []], wanted, strict=False)]
-        if [len(part) for part in parts] != wanted:
-            held = sum(len(part) for part in parts)
-            raise UserError(
-                f"calibration {self.name!r} asks for {self.sequences} + {self.held_out} sequences of {self.length} "
-                f"tokens, {sum(wanted)} in all, but its files hold {held}. Largest usable number of sequences: "
-                f"{max(0, held // self.length - self.held_out)}."
-            )
-        return np.array(parts[0] + parts[1], dtype=np.int64).reshape(-1, self.length)
+            documents.append(tokenizer(text, add_special_tokens=False)["input_ids"] + end)
+            missing -= len(documents[-1])
+            if missing <= 0 and (parts := _parts(documents, *wanted)):
+                return np.array(parts[0] + parts[1], dtype=np.int64).reshape(-1, self.length)
+        held = sum(map(len, documents))
+        usable = range(held // self.length, 0, -1)
+        most = next((n for n in usable if _parts(documents, n * self.length, wanted[1])), 0)
+        raise UserError(
+            f"calibration {self.name!r} asks for {self.sequences} + {self.held_out} sequences of {self.length} tokens, "
+            f"{sum(wanted)} in all, but its files hold {held}. Largest usable number of sequences, with "
+            f"{self.held_out} held out: {most}."
+        )
 
     def _shuffled(self) -> list[str]:
         documents = [text for path in self.paths for text in _documents(path)]
         order = np.random.default_rng(self.seed).permutation(len(documents))
         return [documents[index] for index in order]
+
+
+def _parts(documents: list[list[int]], first: int, second: int) -> tuple[list[int], list[int]] | None:
+    """So many tokens of the first documents, and so many of those after them; None if there are too few."""
+    lengths = np.cumsum([len(document) for document in documents])
+    border = int(np.searchsorted(lengths, first)) + 1  # documents that it takes
+    if border > len(documents) or lengths[-1] - lengths[border - 1] < second:
+        return None
+    split = [token for document in documents[:border] for token in document]
+    rest = [token for document in documents[border:] for token in document]
+    return split[:first], rest[:second]
 
 
 def _find(file: str, calibration: str) -> Path:

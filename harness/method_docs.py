@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from harness.build import CONF, build
 from harness.models import ROOT
-from harness.stats import EXTRAS, MEASURES, OF_OUTPUTS, ROUTED, WEIGHTS
-from methods import Method, SequentialMethod
+from harness.stats import EXTRAS, MEASURES, OF_OUTPUTS, PAIRWISE, ROUTED, WEIGHTS
+from methods import Method, ScoreMethod, SequentialMethod
 
 FILE = ROOT / "docs" / "methods.md"
 
@@ -22,14 +22,15 @@ HEAD = """# Methods
 
 Made by `python -m harness.method_docs` from the docstrings in `methods/`. Everywhere below, f_j(x) is expert j's output
 before the gate, g_j(x) the gate that the model multiplied it with, X_j the N_j calibration tokens routed to j, and E
-the number of experts. All methods read the sums of one and the same calibration pass (`harness/stats.py`);
-`routing=paper` fills these sums with the experts and gates that REAP's published code takes instead of the model's own.
+the number of experts. One calibration pass (`harness/stats.py`) serves all methods and ratios but `ream`, which
+observes each layer behind those it has compressed already, and so anew for every ratio. `routing=paper` fills the sums
+with the experts and gates that REAP's published code takes instead of the model's own.
 
 **Reads**: *routed* sums cost nothing beyond a forward pass; *pairs* are E x E matrices of what the pass sees; *all
 experts* runs every expert on every token, E / top-k times the experts' share of a forward pass; *weights* reads no
-text. **Nested**: the experts kept at a higher ratio are among those kept at a lower one (merging: clusters are unions
-of the lower ratio's). **Model at planning**: most plans follow from the statistics alone, in seconds on a CPU; these
-need the model's weights once more.
+text; *held-out error* is the reconstruction error of a plan, measured on tokens that are in no sum. **Nested**: the
+experts kept at a higher ratio are among those kept at a lower one (merging: clusters are unions of the lower ratio's).
+**Model at planning**: most plans follow from the statistics alone, in seconds on a CPU; these need the model once more.
 
 Of experts that nothing tells apart the one with the lowest index stays. An expert that no token was routed to scores 0.
 A sum that is not finite is refused.
@@ -37,9 +38,10 @@ A sum that is not finite is refused.
 
 
 def names() -> list[str]:
-    """Every method, those that prune by a score first."""
+    """Every method: the two baselines, those that prune by a score, and the others."""
     made = {path.stem: method(path) for path in sorted((CONF / "method").glob("*.yaml"))}
-    return sorted(made, key=lambda name: (name != "none", name != "random", name))
+    rank = {"none": 0, "random": 1}
+    return sorted(made, key=lambda name: (rank.get(name, 2 if isinstance(made[name], ScoreMethod) else 3), name))
 
 
 def method(path: Path) -> Method:
@@ -54,8 +56,8 @@ def reads(needs: frozenset[str]) -> str:
     """The kinds of statistics among a method's needs, the dearest last."""
     kinds = {
         "weights": set(WEIGHTS),
-        "routed": set(ROUTED) | {"gate_norm_turn"},
-        "pairs": set(EXTRAS) - set(OF_OUTPUTS) - {"gate_norm_turn"},
+        "routed": set(EXTRAS) - set(PAIRWISE) - set(OF_OUTPUTS) | set(ROUTED),
+        "pairs": set(PAIRWISE),
         "all experts": set(OF_OUTPUTS),
         "held-out error": set(MEASURES),
     }

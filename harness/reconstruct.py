@@ -1,4 +1,4 @@
-"""Layer reconstruction error: how far a plan moves the output of each MoE block, on tokens no statistic has seen.
+"""Layer reconstruction error: how far a plan moves the output of each MoE block, on tokens that are in no sum.
 
 For one layer, with Y the block's output on held-out calibration tokens (shared experts included) and Y' that of the
 block after the plan, tokens routed anew, both fed the original model's hidden states:

@@ -54,7 +54,8 @@ def _errors(found: Mapping[str, Any] | None) -> dict[str, float]:
     if found is None:
         return {}
     layers = {f"reconstruction_layer_{layer}": value for layer, value in found["layers"].items()}
-    return {"reconstruction": sum(layers.values()) / len(layers), **layers}
+    seconds = {"seconds_reconstruct": found["seconds"]}
+    return {"reconstruction": sum(layers.values()) / len(layers), **layers, **seconds}
 
 
 def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +85,7 @@ def show(sweep: Sweep) -> int:
 def write(store: Store, name: str, tidy: pd.DataFrame, made: Mapping[str, pd.DataFrame]) -> Iterable[Path]:
     """Markdown, LaTeX and tidy CSV in ``tables/``, the plot in ``figures/``."""
     yield _file(store, "tables", f"{name}.md", f"{tables.text(made)}\n\n{tables.footer(tidy)}\n")
-    yield _file(store, "tables", f"{name}.tex", "\n".join(tables.latex(table) for table in made.values()))
+    yield _file(store, "tables", f"{name}.tex", "\n".join(tables.latex(table, title) for title, table in made.items()))
     yield _file(store, "tables", f"{name}.csv", tidy.to_csv(index=False))
     if (tidy["status"] == "done").any():
         for suffix in ("png", "pdf"):

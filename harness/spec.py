@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ from methods.none import NoCompression
 from tasks import Task
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
-STATS_SCHEMA = 2  # the sums of harness/sums.py
+STATS_SCHEMA = 3  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
+ERRORS_SCHEMA = 1  # the errors of harness/reconstruct.py, and the blocks in memory of blocks.py and align.py
 SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 
 
@@ -100,8 +102,10 @@ class Cell:
             identity["keep"] = sorted(self.keep.items())
         if self.calibrates:
             identity["calibration"] = {**self.calibration.identity(), **self.observed_how()}
+        if self.method.needs & set(WEIGHTS):
+            identity["weights"] = STATS_SCHEMA
         if self.method.needs & set(MEASURES):
-            identity["held_out"] = self.calibration.held_out
+            identity["measured"] = self._measured_how()
         return identity
 
     def observed_how(self) -> dict[str, Any]:
@@ -127,7 +131,16 @@ class Cell:
     @property
     def errors_name(self) -> str:
         """File name of the reconstruction errors of this cell's plan on its calibration set's held-out tokens."""
-        return key(plan=self.identity(), held_out=self.tokens_name, **self.observed_how()) + ".json"
+        return key(plan=self.identity(), **self._measured_how()) + ".json"
+
+    def _measured_how(self) -> dict[str, Any]:
+        """What determines reconstruction errors besides model and plan."""
+        return {
+            "held_out": self.tokens_name,
+            "dtype": self.calibration.dtype,
+            "transformers": importlib.metadata.version("transformers"),
+            "schema": ERRORS_SCHEMA,
+        }
 
     def record_name(self, task: Task) -> str:
         """File name of the record of this cell on one task: readable, and unique by what determines it."""
@@ -157,6 +170,8 @@ class Cell:
         if self.compresses:
             self.model.check_compressible()
         checkpoint.check_structure(self.model)
+        if self.method.aligns:
+            checkpoint.check_alignable(self.model)
         self.model.check_tokenizer()
         if not self.tasks:
             raise UserError("The suite has no tasks, so there is nothing to score. Choose one of conf/suite/.")
@@ -211,15 +226,9 @@ def cell_of(config: DictConfig) -> Cell:
         fields = dict(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not resolve: {one_message(error)}") from error
-    method = dict(fields["method"])
-    label = _label(method)
-    method.pop("label", None)
     ratio = budget.check_ratio(fields["ratio"])
     seed = _whole_number(fields["seed"])
-    if fields.get("protect"):
-        method = {**fields["protect"], "method": method}
-        label += " + super experts"
-    built = build("method", method)
+    built, label = _method(fields["method"], fields.get("protect"))
     return Cell(
         model=shared("model", fields["model"]),
         calibration=build("calibration", fields["calibration"]),
@@ -235,20 +244,34 @@ def cell_of(config: DictConfig) -> Cell:
     )
 
 
-def _label(method: Mapping[str, Any]) -> str:
-    """The method's label in tables, with every parameter that is not as its YAML in conf/method/ has it."""
-    target = str(method.get("_target_", "?"))
-    given = {name: value for name, value in method.items() if name not in ("_target_", "label", "seed")}
-    usual = _usual(target.split(".")[-2] if "." in target else target)
-    changed = [f"{name}={value}" for name, value in given.items() if usual.get(name, value) != value]
-    changed += [f"{name}={value}" for name, value in given.items() if usual and name not in usual]
-    label = str(method.get("label") or target.split(".")[-1])
-    return f"{label} ({', '.join(changed)})" if changed and label == usual.get("label") else label
+def _method(fields: Mapping[str, Any], protect: Mapping[str, Any] | None) -> tuple[Any, str]:
+    """The method and its label; protected, where that is asked for and there is something to protect from."""
+    method = {name: value for name, value in fields.items() if name != "label"}
+    label = str(fields.get("label") or method.get("_target_", "?").split(".")[-1])
+    usual = _usual("method", method)
+    if label == usual.get("label"):
+        label += _changes(method, usual)
+    built = build("method", method)
+    if not protect or isinstance(built, NoCompression):
+        return built, label
+    switched = build("protect", {**protect, "method": method})
+    return switched, f"{label} + super experts{_changes(protect, _usual('protect', protect))}"
+
+
+def _changes(given: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """Every parameter that is not as the YAML in conf/ has it, for a label."""
+    own = {name: value for name, value in given.items() if name not in ("_target_", "label", "seed")}
+    changed = [f"{name}={value}" for name, value in own.items() if name not in usual or usual[name] != value]
+    return f" ({', '.join(changed)})" if changed else ""
+
+
+def _usual(group: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What conf/<group>/ has for the class that ``_target_`` names: methods.reap.REAP is in reap.yaml."""
+    return _read(CONF / group / f"{str(fields.get('_target_', '?.?')).split('.')[-2]}.yaml")
 
 
 @functools.cache
-def _usual(name: str) -> dict[str, Any]:
-    file = CONF / "method" / f"{name}.yaml"
+def _read(file: Path) -> Mapping[str, Any]:
     return dict(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}  # type: ignore[arg-type]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
 import secrets
+import sys
 import tempfile
 import time
 import traceback
@@ -62,9 +64,8 @@ def statistics(cell: Cell, store: Store) -> Stats:
     if cell.method.needs & set(stats.WEIGHTS):
         found = found.joined(_weight_sums(cell, store))
     if cell.in_sequence:  # gathers its own, layer by layer, when it plans
-        return replace(
-            found, provenance={"number_of_tokens": int(cell.calibration.sequences * cell.calibration.length)}
-        )
+        number = cell.calibration.sequences * cell.calibration.length
+        return replace(found, provenance={"number_of_tokens": number})
     return found.joined(_calibration_sums(cell, store)) if cell.calibrates else found
 
 
@@ -85,10 +86,24 @@ def _calibration_sums(cell: Cell, store: Store) -> Stats:
         if path.exists() and cell.extras <= known:
             say("calibrate", name, "cached")
         else:
-            made = _calibrate(cell, ids, frozenset(cell.extras | known), fields)
+            made = _gather(cell, ids, frozenset(known), fields)
             store.put("stats", name, lambda path: stats.save(made, path))
             say("calibrate", name, f"{made.provenance['seconds']:.1f} s, {ids.size} tokens")
     return stats.load(path)
+
+
+def _gather(cell: Cell, ids: np.ndarray, known: frozenset[str], fields: dict[str, Any]) -> Stats:
+    """One pass for all methods of the sweep; if the model cannot give what another asks for, for this one alone.
+
+    known: extras that an earlier pass has gathered, which are gathered again so that nothing is lost.
+    """
+    try:
+        return _calibrate(cell, ids, cell.extras | known, fields)
+    except UserError:
+        own = cell.method.needs & set(stats.EXTRAS)
+        if own == cell.extras:
+            raise
+        return _calibrate(cell, ids, own | known, fields)
 
 
 def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
@@ -144,7 +159,8 @@ def _decide(cell: Cell, given: Stats, store: Store) -> dict[int, LayerPlan]:
         ids = tokens(cell, store)
         batches = list(packed_batches(ids, cell.calibration.batch_size))
         model = cell.model.load(cell.calibration.dtype)
-        return decide_in_sequence(cell.method, model, batches, cell.extras, cell.routing, cell.keep)
+        own = cell.method.needs & set(stats.EXTRAS)
+        return decide_in_sequence(cell.method, model, batches, own, cell.routing, cell.keep)
     if cell.method.needs & set(stats.MEASURES):
         given = replace(given, error=_reconstruction(cell, store).error)
     return decide(cell.method, given, cell.keep)
@@ -160,12 +176,17 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
 
 
 def reconstruct(cell: Cell, made: Plan, store: Store) -> None:
-    """Measure the reconstruction error of every layer under the plan on held-out tokens, and keep it."""
+    """Measure the reconstruction error of every layer under the plan on held-out tokens, and keep it. A failure is
+    said, and tried again by the next run; no score depends on it.
+    """
     name = cell.errors_name
     if not cell.measures_errors or store.path("errors", name).exists():
         return
     start = time.perf_counter()
-    errors = _reconstruction(cell, store).errors(made.layers)
+    try:
+        errors = _reconstruction(cell, store).errors(made.layers)
+    except Exception as problem:  # whatever it is, the model can still be scored
+        return say("failed", f"reconstruct {cell.slug}", f"{type(problem).__name__}: {problem}")
     seconds = time.perf_counter() - start
     text = {"calibration": cell.calibration.name, "tokens": cell.calibration.held_out * cell.calibration.length}
     store.write_json("errors", name, {"layers": errors, **text, "seconds": seconds, "provenance": provenance()})
@@ -190,11 +211,20 @@ def serving(cell: Cell, made: Plan, store: Store) -> Iterator[Serving]:
         log = store.path("logs", f"{cell.slug}-{made.digest[:16]}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
+        give_back_memory()
         name = f"{cell.slug}-{secrets.token_hex(4)}"  # so that no other run's server can be taken for ours
         with cell.serve.serve(folder, name, log) as llm:
             seconds["serve"] = time.perf_counter() - start
             say("serve", cell.slug, f"{seconds['serve']:.1f} s")
             yield Serving(llm, seconds)
+
+
+def give_back_memory() -> None:
+    """Of models this process had loaded, before a server on the same GPU asks how much is free."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -263,11 +293,13 @@ def scored(cell: Cell, made: Plan, task: Task, store: Store) -> bool:
 
 
 def is_done(cell: Cell, task: Task, store: Store) -> bool:
-    """Whether this cell's record on this task holds a score, and its plan's errors are known. Failed records are tried
-    again.
-    """
-    if cell.measures_errors and not store.path("errors", cell.errors_name).exists():
-        return False
+    """Whether nothing is left to do: there is a score, and the plan's errors are known. Failures are tried again."""
+    measured = not cell.measures_errors or store.path("errors", cell.errors_name).exists()
+    return measured and has_score(cell, task, store)
+
+
+def has_score(cell: Cell, task: Task, store: Store) -> bool:
+    """Whether this cell's record on this task holds a score."""
     found = store.read_json("records", cell.record_name(task))
     return found is not None and found["status"] == "done"
 
@@ -339,5 +371,5 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
             assert found is not None, f"{task.name} neither failed nor has a score"
             document["seconds"] |= found.pop("seconds")
             document |= found | {"score": name}
-    if not (error and is_done(cell, task, store)):  # another run may have finished what failed here
+    if not (error and has_score(cell, task, store)):  # another run may have finished what failed here
         store.write_json("records", cell.record_name(task), document)

@@ -44,8 +44,9 @@ OF_OUTPUTS = (  # [E, H], over all tokens, routed or not: every expert runs on e
     "all_gated_output_sum",  # sum of p_j f_j(x), p the softmax over all E raw logits
 )
 EXTRAS = (
-    "gate_norm_turn",  # [E] sum of g n s, s = max(0, 1 - cos(u, u + r)): how far the layer's routed output r turns
-    *PAIRWISE,  # the residual stream u at that token
+    "gate_norm_turn",  # [E] sum of g n s, s = max(0, 1 - cos(u, u + r)), u the residual stream, r the routed output
+    "logit_sum",  # [E] sum over all tokens of z
+    *PAIRWISE,
     *OF_OUTPUTS,
 )
 

@@ -5,6 +5,7 @@ A cell without a record shows "—", a failed one "✗"; neither is ever average
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
@@ -128,20 +129,21 @@ def errors(tidy: pd.DataFrame) -> pd.DataFrame:
 
 
 def all_of(tidy: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The tables of a sweep by what they show: a row for every cell, or, of many ratios, a column for every ratio."""
+    """The tables of a sweep by what they show: a row for every cell or, of many ratios, a column for every ratio."""
     shown, wrong = scores(tidy), errors(tidy)
-    if len(set(tidy["ratio"]) - {0}) < 3:
-        return {
-            name: table
-            for name, table in {"scores": shown, "costs": costs(tidy), "errors": wrong}.items()
-            if len(table)
-        }
+    if not is_by_ratio(tidy):
+        made = {"scores": shown, "costs": costs(tidy), "errors": wrong}
+        return {name: table for name, table in made.items() if len(table)}
     whole = shown[shown.index.get_level_values("ratio") == "0"]
     columns = {str(title): shown[title].drop(whole.index) for title in shown}
     if len(wrong):
         columns["mean reconstruction error of the layers"] = wrong["mean error"]
-    by_ratio = {title + _uncompressed(whole, title): _by_ratio(column) for title, column in columns.items()}
-    return by_ratio
+    return {title + _uncompressed(whole, title): _by_ratio(column) for title, column in columns.items()}
+
+
+def is_by_ratio(tidy: pd.DataFrame) -> bool:
+    """Whether there are so many ratios that tables have a column for each."""
+    return len(set(tidy["ratio"]) - {0}) > 2
 
 
 def _by_ratio(column: pd.Series) -> pd.DataFrame:
@@ -160,38 +162,48 @@ def _uncompressed(whole: pd.DataFrame, title: str) -> str:
 
 def agreement(tidy: pd.DataFrame) -> str:
     """How well the reconstruction error of a row foretells its scores: Spearman's rank correlation over the compressed
-    rows of one ratio, the mean over ratios. -1: the larger the error, the lower the score, without exception.
+    rows of one model and ratio, the mean over these. -1: the larger the error, the lower the score, without exception.
     """
     done = tidy[(tidy["status"] == "done") & (tidy["ratio"] > 0)]
-    if "reconstruction" not in done or done["ratio"].nunique() < 3:
+    if "reconstruction" not in done or not is_by_ratio(tidy):
         return ""
     parts = []
     for (task, metric), rows in done.groupby(["task", "metric"], sort=False):
-        means = rows.groupby(["ratio", "label"])[["reconstruction", "value"]].mean()
-        of_ratio = means.groupby("ratio").apply(
-            lambda group: group["reconstruction"].corr(group["value"], method="spearman")
-        )
-        parts.append(f"{task} {metric} {of_ratio.mean():+.2f}")
+        means = rows.groupby([name for name in CELL if name != "seed"])[["reconstruction", "value"]].mean()
+        found = [_rank_correlation(group) for _, group in means.groupby(["model", "ratio"])]
+        if known := [value for value in found if not math.isnan(value)]:
+            parts.append(f"{task} {metric} {sum(known) / len(known):+.2f}")
     return "Rank correlation of the reconstruction error with the score, within a ratio: " + ", ".join(parts) + "."
+
+
+def _rank_correlation(group: pd.DataFrame) -> float:
+    """NaN where all scores are equal, and no order can be told."""
+    if group["value"].nunique() < 2 or group["reconstruction"].nunique() < 2:
+        return math.nan
+    return float(group["reconstruction"].corr(group["value"], method="spearman"))
 
 
 def footer(tidy: pd.DataFrame) -> str:
     done = tidy[tidy["status"] == "done"]
     records = len(done.drop_duplicates([*CELL, "task"]))
     scores_line = (
-        "Scores in points ± standard error over the n items (± standard deviation where a row averages several seeds); "
-        "in brackets the difference from the uncompressed model."
+        "Scores in points ± standard error over the n items (± standard deviation where a row averages several seeds)"
     )
-    sizes_line = (
-        f"{NOT_RUN} not run, {FAILED} failed. Merged experts are copied to every router row a stock checkpoint needs: "
-        "'MB written' is that checkpoint, 'MB distinct' what it would be if each distinct expert were stored once."
-    )
+    cells_line = f"{NOT_RUN} not run, {FAILED} failed."
+    if is_by_ratio(tidy):
+        scores_line += "; a column for each share of the experts removed."
+    else:
+        scores_line += "; in brackets the difference from the uncompressed model."
+        cells_line += (
+            " Merged experts are copied to every router row a stock checkpoint needs: 'MB written' is that checkpoint, "
+            "'MB distinct' what it would be if each distinct expert were stored once."
+        )
     made_by = ", ".join(_distinct(done, column) for column in ("commit", "machine", "versions"))
     errors_line = (
         "Reconstruction error: squared error of a MoE block's output over its squared size, on held-out calibration "
         "tokens, routed anew."
     )
-    lines = [scores_line, sizes_line, errors_line, agreement(tidy), stage_times(tidy), f"{records} records; {made_by}."]
+    lines = [scores_line, cells_line, errors_line, agreement(tidy), stage_times(tidy), f"{records} records; {made_by}."]
     return "\n".join(line for line in lines if line)
 
 
@@ -203,7 +215,11 @@ def stage_times(tidy: pd.DataFrame) -> str:
     plans = done.drop_duplicates(CELL)
     seconds = {
         "calibrate": sum(plans["seconds_calibrate"].unique()),
-        **{stage: plans[f"seconds_{stage}"].sum() for stage in ("plan", "export", "serve")},
+        **{
+            stage: plans[f"seconds_{stage}"].sum()
+            for stage in ("plan", "reconstruct", "export", "serve")
+            if f"seconds_{stage}" in plans
+        },
         "score": done["seconds_score"].sum(),
     }
     return "Seconds in all: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()) + "."
@@ -223,20 +239,19 @@ def failures(tidy: pd.DataFrame) -> list[str]:
 
 
 def text(made: Mapping[str, pd.DataFrame]) -> str:
-    """The tables in Markdown; where there are more than the usual ones, each under what it shows."""
-    titled = len(made) > 3
-    return "\n\n".join(
-        f"**{title}**\n\n{markdown(table)}" if titled else markdown(table) for title, table in made.items()
-    )
+    """The tables in Markdown; those by ratio each under what it shows."""
+    if "scores" in made:
+        return "\n\n".join(map(markdown, made.values()))
+    return "\n\n".join(f"**{title}**\n\n{markdown(table)}" for title, table in made.items())
 
 
 def markdown(table: pd.DataFrame) -> str:
     return str(table.reset_index().to_markdown(index=False, disable_numparse=True))
 
 
-def latex(table: pd.DataFrame) -> str:
+def latex(table: pd.DataFrame, caption: str) -> str:
     """booktabs, with the signs LaTeX spells differently."""
-    written = table.reset_index().to_latex(index=False, escape=True)
+    written = table.reset_index().to_latex(index=False, escape=True, caption=caption.replace("_", r"\_"))
     for sign, spelling in {"±": r"$\pm$", NOT_RUN: "--", FAILED: r"$\times$"}.items():
         written = written.replace(sign, spelling)
     return written

@@ -4,7 +4,8 @@ A method sees no model, path, device or ratio: it is given the statistics of the
 each layer keeps. `harness/run.py` finds it through ``_target_`` in ``conf/method/<name>.yaml``.
 
 What all of them promise (equal input, equal plan; exactly as many experts as asked for; renaming the experts renames
-the plan; of experts that nothing tells apart the one with the lowest index stays) is tested for every YAML there is.
+the plan, unless it is drawn by a seed; of experts that nothing tells apart the one with the lowest index stays) is
+tested for every YAML there is.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from harness.stats import LayerStats, Stats
 
 class Method(Protocol):
     """``nested``: whether the experts kept at a higher ratio are among those kept at a lower one (for merging: whether
-    its clusters are unions of the lower one's).
+    its clusters are unions of the lower one's). ``aligns``: whether its plans match hidden units before averaging.
     """
 
-    nested: ClassVar[bool]
+    @property
+    def nested(self) -> bool: ...
+
+    @property
+    def aligns(self) -> bool: ...
 
     @property
     def needs(self) -> frozenset[str]:
@@ -39,6 +44,7 @@ class LayerMethod:
     """Base of the methods that decide each layer on its own: they define ``plan_layer``."""
 
     nested: ClassVar[bool] = False
+    aligns: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -125,6 +131,12 @@ def gram_cosine(gram: np.ndarray) -> np.ndarray:
     """Cosines between vectors whose inner products are ``gram`` [E, E]; 0 for a vector of zeros."""
     norms = np.sqrt(np.diag(gram))
     return mean_over(gram, np.outer(norms, norms))
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raise UserError unless a method's option lies between these, both possible."""
+    if not low <= value <= high:
+        raise UserError(f"method.{name}={value} is not between {low:g} and {high:g}.")
 
 
 def one_of(name: str, value: object, possible: tuple[str, ...]) -> None:

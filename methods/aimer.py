@@ -20,11 +20,13 @@ class AIMER(ScoreMethod):
 
     Source: arXiv 2603.18492 and its published code.
 
-    Where we differ: sums are float64, where the code adds up in float32.
+    Where we differ: sums are float64, where the code adds up in float32. An expert whose weights are all zero has no
+    quotient and goes first.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight_count", "weight_abs", "weight_sq"})
 
     def score(self, stats: LayerStats) -> np.ndarray:
         count = stats["weight_count"]
-        return -mean_over(mean_over(stats["weight_abs"], count), np.sqrt(mean_over(stats["weight_sq"], count)))
+        quotient = mean_over(mean_over(stats["weight_abs"], count), np.sqrt(mean_over(stats["weight_sq"], count)))
+        return np.where(stats["weight_sq"] > 0, -quotient, -np.inf)

@@ -43,7 +43,6 @@ class HCSMoE(LayerMethod):
     linkage: str
     clustering: str
     seed: int
-    nested: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"count", "all_output_sum"})
 
     def __post_init__(self) -> None:
@@ -55,6 +54,10 @@ class HCSMoE(LayerMethod):
                 "method.distance=cosine goes with average, complete or single linkage: ward and kmeans minimise "
                 "squared Euclidean distances. Set method.distance=euclidean."
             )
+
+    @property
+    def nested(self) -> bool:  # type: ignore[override]
+        return self.clustering == "hierarchical"
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
         means = stats["all_output_sum"] / max(stats.tokens, 1)

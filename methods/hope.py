@@ -25,8 +25,9 @@ class HOPE(LayerMethod):
     Source: arXiv 2609.18916, read in summaries. N_ij is the true number of tokens routed to both.
 
     Where we differ: the paper's solver is not known to us; ours is Frank-Wolfe with exact line search from the uniform
-    point, deterministic and independent of how experts are numbered. F need not be positive definite, so the result is
-    a stationary point of the relaxation, not its global minimum.
+    point, at most 500 steps, deterministic and independent of how experts are numbered. F need not be positive
+    definite, so this comes near a stationary point of the relaxation, not its global minimum, and the rounded set is
+    not improved further.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"coactivation", "gated_norm_gram"})
@@ -42,7 +43,7 @@ def pairwise_energy(stats: LayerStats) -> np.ndarray:
 
 
 def relaxed(energy: np.ndarray, number: int) -> np.ndarray:
-    """A stationary point p [E] of p^T F p over 0 <= p <= 1, sum p = number."""
+    """Near a stationary point p [E] of p^T F p over 0 <= p <= 1, sum p = number."""
     experts = len(energy)
     p = np.full(experts, number / experts)
     for _ in range(STEPS):

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from harness.errors import UserError
 from harness.plan import LayerPlan
 from harness.stats import MEASURES, Stats
-from methods import Method
+from methods import LayerMethod, SequentialMethod
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,30 @@ class Hybrid:
     with Y_l the MoE block's output on held-out tokens and Y'_l that of the block compressed by either method, tokens
     routed anew. By construction no layer's error is larger than that of ``prune`` or of ``merge`` alone.
 
-    Options: ``prune`` and ``merge``, any two methods of this collection (REAP and partial preservation by default: both
-    leave ``keep`` router rows, so that a stock server takes any mixture of them).
+    Options: ``prune`` and ``merge``, any two methods that decide each layer on its own (by default REAP and partial
+    preservation). Both must leave the same number of router rows, or no stock server takes a mixture of them: HC-SMoE,
+    which keeps every row, can be measured against pruning here, but its mixtures are refused at export.
 
     Source: our own, after the discussion of REAP, arXiv 2510.13999, section 6: merging loses where the router's
     independent control of experts matters, and that differs by layer.
 
     Where we differ: nothing to differ from. The choice is made by the error of each layer alone, on the original
-    model's hidden states; how errors add up over layers is not looked at. Equal errors: pruned.
+    model's hidden states; how errors add up over layers is not looked at. Equal errors: pruned. The error in its tables
+    is that of the tokens it chose by, so it is the smaller of two and not an error on unseen text.
     """
 
-    prune: Method
-    merge: Method
+    prune: LayerMethod
+    merge: LayerMethod
     nested: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for part in (self.prune, self.merge):
+            if isinstance(part, SequentialMethod):
+                raise UserError(f"{type(part).__name__} decides layers in sequence; a hybrid needs each on its own.")
+
+    @property
+    def aligns(self) -> bool:
+        return self.prune.aligns or self.merge.aligns
 
     @property
     def needs(self) -> frozenset[str]:

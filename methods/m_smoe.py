@@ -43,6 +43,10 @@ class MSMoE:
     def __post_init__(self) -> None:
         one_of("align", self.align or "null", ("null", "weights"))
 
+    @property
+    def aligns(self) -> bool:
+        return self.align == "weights"
+
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
         dominants = dominant_experts(stats, sum(keep.values()))
         return {index: self.group(layer, dominants[index]) for index, layer in stats.layers.items()}
@@ -56,7 +60,7 @@ class MSMoE:
         for expert in sorted(set(range(stats.experts)) - set(dominants)):
             nearest = dominants[int(np.argmax(similarity[expert, dominants]))]
             groups[nearest].append(expert)
-        return LayerPlan.merge(groups.values(), stats["count"].tolist(), align=self.align == "weights")
+        return LayerPlan.merge(groups.values(), stats["count"].tolist(), align=self.aligns)
 
 
 def second_order(cosine: np.ndarray) -> np.ndarray:

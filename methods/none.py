@@ -13,6 +13,7 @@ class NoCompression:
     """Keeps every expert, whatever the ratio; the exported tensors equal the original's byte for byte."""
 
     nested: ClassVar[bool] = True
+    aligns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:

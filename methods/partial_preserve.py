@@ -1,4 +1,4 @@
-"""Partial-preservation merging (SlimQwen, Alg. 1)."""
+"""Partial-preservation merging (SlimQwen, arXiv 2605.08738)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,9 +7,9 @@ import numpy as np
 
 from harness.plan import LayerPlan
 from harness.stats import LayerStats
-from methods import LayerMethod, ScoreMethod, gram_cosine, highest, one_of
+from methods import LayerMethod, ScoreMethod, gram_cosine, highest, one_of, within
 
-SIMILARITY = {"outputs": "all_output_sum", "logits": "logit_gram"}  # and the sums it is made of
+SIMILARITY = {"outputs": {"all_output_sum"}, "logits": {"logit_gram", "logit_sum"}}  # and the sums it is made of
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class PartialPreserve(LayerMethod):
     with I the importance. Router rows of absorbed experts are dropped, so the model really shrinks.
 
     Options: ``importance``, any score of this collection (REAP by default); ``similarity`` outputs (cosine of the mean
-    outputs over all tokens, the paper's expert vectors) or logits (of the router's logits over all tokens);
+    outputs over all tokens, the paper's expert vectors) or logits (of the router's logits over all tokens, centred);
     ``preserved`` (0.5 as in the paper; 1 is plain pruning).
 
-    Source: SlimQwen, Algorithm 1 and eq. 8.
+    Source: SlimQwen, arXiv 2605.08738, Algorithm 1 and eq. 8.
 
     Where we differ: eq. 8 is written for pairs and Algorithm 1 for groups; we take the groups. "Bases from the rest" is
-    read as the next most important. The paper trains on afterwards; here nothing is trained. Hidden units are not
-    aligned, as in the paper. A group whose importances are not all positive is averaged uniformly.
+    read as the next most important. That expert vectors average over all tokens, routed or not, is our reading. The
+    paper's third similarity, of router weight rows, is not offered. The paper trains on afterwards; here nothing is
+    trained. Hidden units are not aligned, as in the paper. A group without importance, and every group of a layer where
+    an importance is negative (AIMER's are), is averaged uniformly.
     """
 
     importance: ScoreMethod
@@ -41,10 +43,11 @@ class PartialPreserve(LayerMethod):
 
     def __post_init__(self) -> None:
         one_of("similarity", self.similarity, tuple(SIMILARITY))
+        within("preserved", self.preserved, 0, 1)
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.importance.needs | {SIMILARITY[self.similarity]}
+        return self.importance.needs | SIMILARITY[self.similarity]
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
         score = self.importance.score(stats)
@@ -59,7 +62,8 @@ class PartialPreserve(LayerMethod):
 
     def _cosine(self, stats: LayerStats) -> np.ndarray:
         if self.similarity == "logits":
-            return gram_cosine(stats["logit_gram"])
+            total = stats["logit_sum"]
+            return gram_cosine(stats["logit_gram"] - np.outer(total, total) / max(stats.tokens, 1))
         return gram_cosine(stats["all_output_sum"] @ stats["all_output_sum"].T)
 
 

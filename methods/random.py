@@ -20,6 +20,7 @@ class Random:
 
     seed: int
     nested: ClassVar[bool] = True
+    aligns: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:

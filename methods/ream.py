@@ -7,7 +7,7 @@ import numpy as np
 
 from harness.plan import LayerPlan
 from harness.stats import LayerStats
-from methods import SequentialMethod, gram_cosine, highest
+from methods import SequentialMethod, gram_cosine, highest, within
 from methods.reap import REAP
 
 
@@ -35,8 +35,11 @@ class REAM(SequentialMethod):
     """
 
     group_size: int
-    nested: ClassVar[bool] = False
+    aligns: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = REAP.needs | {"all_gated_output_sum", "logit_gram"}
+
+    def __post_init__(self) -> None:
+        within("group_size", self.group_size, 1, 1_000_000)
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
         score = REAP().score(stats)

@@ -18,7 +18,8 @@ class REAP(SumScore):
 
     Where we differ: experts and gates are those the model really used (sigmoid routers, correction biases, scaling and
     renormalisation included), where the published code takes the top-k and the softmax of raw logits for every
-    architecture; ``routing=paper`` does as that code does. On softmax routers that renormalise, both agree.
+    architecture; ``routing=paper`` does as that code does. The two agree on softmax routers that renormalise and whose
+    config says so (norm_topk_prob, as Qwen3's): Mixtral and ERNIE renormalise too, but their configs do not say so.
     """
 
     b: ClassVar[int] = 1

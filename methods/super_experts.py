@@ -8,15 +8,15 @@ import numpy as np
 
 from harness.plan import LayerPlan
 from harness.stats import Stats
-from methods import ScoreMethod, highest
+from methods import ScoreMethod, highest, within
 
 
 @dataclass(frozen=True)
 class ProtectSuperExperts:
     """A few experts write huge activations that later layers rely on; whatever a score says, these are kept.
 
-    Over all experts of the first ``layers`` of the model's MoE layers, with m_j the largest |f_j(x)| of any routed
-    token and channel, expert j is super if
+    Over all experts of the first ``layers`` of the model's MoE layers (at least one), with m_j the largest |f_j(x)| of
+    any routed token and channel, expert j is super if
 
         m_j > the ``quantile`` of all m    and    m_j > ``share`` * max m.
 
@@ -34,6 +34,11 @@ class ProtectSuperExperts:
     share: float
     layers: float
     nested: ClassVar[bool] = True
+    aligns: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("quantile", "share", "layers"):
+            within(name, getattr(self, name), 0, 1)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -51,7 +56,7 @@ class ProtectSuperExperts:
 
     def super_experts(self, stats: Stats) -> dict[int, np.ndarray]:
         """Indicator [E] of the super experts of each layer, 0.0 or 1.0."""
-        early = sorted(stats.layers)[: int(len(stats.layers) * self.layers + 1e-9)]
+        early = sorted(stats.layers)[: max(1, int(len(stats.layers) * self.layers + 1e-9))]
         largest = np.concatenate([stats.layers[index]["output_max"] for index in early] or [np.zeros(1)])
         threshold = max(float(np.quantile(largest, self.quantile)), self.share * float(largest.max()))
         return {

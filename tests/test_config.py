@@ -83,7 +83,10 @@ def test_a_methods_options_show_in_its_label() -> None:
     ]
     assert labels("method=random", "seed=3") == ["random"]
     assert labels("method=hc_smoe", "method.linkage=ward", "method.label=mine") == ["mine"]
-    assert labels("method=reap", "protect=super_experts") == ["REAP + super experts"]
+    assert labels("method=reap,none", "protect=super_experts") == ["REAP + super experts", "uncompressed"]
+    assert labels("method=reap", "protect=super_experts", "protect.quantile=0.9") == [
+        "REAP + super experts (quantile=0.9)"
+    ]
 
 
 def test_protection_works_with_every_score() -> None:
@@ -176,6 +179,15 @@ CASES = {
         ["method.distance=euclidean"],
     ),
     "a method to protect from itself": (["method=hc_smoe", "protect=super_experts"], ["HCSMoE", "ScoreMethod"]),
+    "a name for a method inside a method": (["method=hybrid", "method.prune=frequency"], ["prune=frequency"]),
+    "a name for a score inside a method": (["method=partial_preserve", "method.importance=ean"], ["importance=ean"]),
+    "something else inside a method": (
+        ["method=hybrid", "method.prune._target_=methods.random.Random", "+method.prune.seed=1"],
+        ["Random", "LayerMethod"],
+    ),
+    "groups of no expert": (["method=ream", "method.group_size=0"], ["group_size=0"]),
+    "more than all preserved": (["method=partial_preserve", "method.preserved=2"], ["preserved=2"]),
+    "a quantile above one": (["method=reap", "protect=super_experts", "protect.quantile=2"], ["quantile=2"]),
     "no held-out tokens for a method that measures": (
         ["method=hybrid", "calibration.held_out=0"],
         ["hybrid", "calibration.held_out"],

@@ -112,6 +112,28 @@ def test_m_smoe_dominants_are_one_per_layer_then_the_globally_most_used() -> Non
     assert dominant_experts(tied, 6) == {0: [0, 2], 1: [0, 1, 2, 3]}
 
 
+@pytest.mark.parametrize("compat", [False, True])
+def test_m_smoe_sends_every_expert_to_its_nearest_dominant_and_averages_by_counts(compat: bool) -> None:
+    layers = toy_layers(4)
+    stats = stats_of(layers)
+    plans = decide(make("m_smoe", reference_compat=compat), stats, keep_all(stats, 5))
+    for index, dominants in dominant_experts(stats, 15).items():
+        columns = layers[index].logits.T / np.linalg.norm(layers[index].logits.T, axis=1, keepdims=True)
+        near = columns @ columns.T
+        if compat:
+            rows = (1 - near) / np.linalg.norm(1 - near, axis=1, keepdims=True)
+            near = rows @ rows.T
+        groups: dict[int, set[int]] = {dominant: {dominant} for dominant in dominants}
+        for expert in set(range(12)) - set(dominants):
+            groups[max(dominants, key=lambda d, expert=expert, near=near: near[expert, d])].add(expert)
+        assert {frozenset(s.expert for s in slot) for slot in plans[index].slots} == set(
+            map(frozenset, groups.values())
+        )
+        for slot in plans[index].slots:
+            counts = stats.layers[index]["count"][[source.expert for source in slot]]
+            np.testing.assert_allclose([source.weight for source in slot], counts / counts.sum())
+
+
 def test_m_smoe_reference_compat_is_the_distance_between_rows_of_distances() -> None:
     """As REAP's code: the cosine distance of every pair of columns of logits, and of every pair of its rows again."""
     layer = toy_layer(np.random.default_rng(0))
@@ -176,10 +198,19 @@ def test_partial_preserve_of_everything_is_pruning() -> None:
 def test_partial_preserve_with_another_importance_and_similarity() -> None:
     stats = random_stats(2)
     method = make("partial_preserve", importance={"_target_": "methods.aimer.AIMER"}, similarity="logits")
-    assert method.needs == {"weight_count", "weight_abs", "weight_sq", "logit_gram"}
+    assert method.needs == {"weight_count", "weight_abs", "weight_sq", "logit_gram", "logit_sum"}
     for plan in decide(method, stats, keep_all(stats, 6)).values():
         for slot in plan.slots:
-            np.testing.assert_allclose([source.weight for source in slot], 1 / len(slot)), "AIMER's scores are negative"
+            np.testing.assert_allclose([s.weight for s in slot], 1 / len(slot), err_msg="AIMER's scores are negative")
+
+
+def test_partial_preserve_centres_the_logits() -> None:
+    """A shift of one expert's logits on all tokens changes no routing, so the cosine is that of centred columns."""
+    layer = toy_layer(np.random.default_rng(7))
+    method = make("partial_preserve", similarity="logits")
+    centred = layer.logits - layer.logits.mean(axis=0)
+    centred /= np.linalg.norm(centred, axis=0)
+    np.testing.assert_allclose(method._cosine(layer.stats()), centred.T @ centred, atol=1e-9)  # type: ignore[attr-defined]
 
 
 def test_ream_centres_absorb_the_most_similar_in_order_of_salience() -> None:
@@ -197,6 +228,9 @@ def test_ream_centres_absorb_the_most_similar_in_order_of_salience() -> None:
             found = {row: {s.expert for s in plan.slots[plan.routes[row]]} for row in plan.kept_rows}  # type: ignore[index]
             assert found == expected
             assert plan.align
+            for slot in plan.slots:
+                members = [source.expert for source in slot]
+                np.testing.assert_allclose([s.weight for s in slot], score[members] / score[members].sum())
 
 
 def test_ream_similarity_is_the_mean_of_both_terms() -> None:

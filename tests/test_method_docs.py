@@ -25,5 +25,5 @@ def test_a_docstring_has_idea_formula_source_and_differences(name: str) -> None:
     idea, *rest = text.split("\n\n")
     assert idea.endswith(".") and len(idea) < 200, "the idea in a sentence"
     assert re.search(r"^    .*( = |->|\* sum)", text, re.MULTILINE), "a formula, indented"
-    assert "Source: " in text and re.search(r"arXiv \d{4}\.\d{5}|our own|SlimQwen", text)
+    assert "Source: " in text and re.search(r"arXiv \d{4}\.\d{5}|our own", text)
     assert any(part.startswith("Where we differ: ") for part in rest)

@@ -19,16 +19,21 @@ from harness.stats import EXTRAS, MEASURES, OF_OUTPUTS, PAIRWISE, ROUTED, WEIGHT
 from methods import Method, ScoreMethod
 from methods.none import NoCompression
 from methods.random import Random
-from tests.toy import random_stats, stats_of, toy_layer, toy_layers
+from tests.toy import ToyLayer, random_stats, stats_of, toy_layer, toy_layers
 
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-LOOKING = [name for name in NAMES if name not in ("none", "random")]  # the others do not look at experts
-CALIBRATED = [name for name in LOOKING if name != "aimer"]
+PROTECTED = [f"{name} protected" for name in ("frequency", "reap", "aimer")]  # with super experts kept
+LOOKING = [name for name in [*NAMES, *PROTECTED] if name not in ("none", "random")]  # the others look at no expert
+CALIBRATED = [name for name in LOOKING if "aimer" not in name]
 KEEPS = (4, 7, 9, 12)
 
 
 def make(name: str, folder: Path = ROOT / "conf" / "method", **changes: object) -> Method:
-    """The method as its YAML describes it, with these changes."""
+    """The method as its YAML describes it, with these changes; protected, if its name says so."""
+    if name.endswith(" protected"):
+        rule = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "protect" / "super_experts.yaml"))
+        score = {"_target_": OmegaConf.load(folder / f"{name.split()[0]}.yaml")._target_}
+        return build("protect", {**rule, "method": score})
     config = OmegaConf.merge({"seed": 0}, {"method": OmegaConf.load(folder / f"{name}.yaml")})
     fields = OmegaConf.to_container(config, resolve=True)["method"]
     assert fields.pop("label"), f"{name}.yaml has no label for tables"
@@ -78,7 +83,7 @@ def conforms(method: Method) -> None:
             np.testing.assert_array_equal(stats.layers[index][name], value, err_msg="statistics are read only")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PROTECTED])
 def test_conforms(name: str) -> None:
     conforms(make(name))
 
@@ -158,7 +163,7 @@ def test_a_sum_that_is_not_finite_is_refused(name: str) -> None:
             decide(method, stats, keep_all(stats, 6))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if make(name).nested])
+@pytest.mark.parametrize("name", [name for name in [*NAMES, *PROTECTED] if make(name).nested])
 def test_more_is_left_at_a_lower_ratio_of_the_same(name: str) -> None:
     """Pruned: the experts kept are a subset. Merged: the clusters are unions of those of the lower ratio."""
     method, stats = make(name), random_stats(5)
@@ -171,19 +176,18 @@ def test_more_is_left_at_a_lower_ratio_of_the_same(name: str) -> None:
                 assert len(routes) <= 1, "what is together stays together"
 
 
-@pytest.mark.parametrize("name", [name for name in LOOKING if isinstance(make(name), ScoreMethod)])
-def test_the_scale_of_the_scores_says_nothing(name: str) -> None:
-    method, stats = make(name), random_stats(5)
-    scores = {index: method.score(layer) for index, layer in stats.layers.items()}  # type: ignore[attr-defined]
-
-    class Scaled(type(method)):  # type: ignore[misc]
-        def score(self, stats: LayerStats) -> np.ndarray:
-            return 1000 * super().score(stats)
-
-    scaled = Scaled()
-    for index, layer in stats.layers.items():
-        np.testing.assert_array_equal(scaled.score(layer), 1000 * scores[index])
-        assert scaled.plan_layer(layer, 6) == method.plan_layer(layer, 6)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", LOOKING)
+def test_the_scale_of_outputs_and_weights_says_nothing(name: str) -> None:
+    """Outputs, residual stream and weights eight times as large: every score scales, and no plan changes."""
+    layers = toy_layers(5)
+    scaled = {
+        index: ToyLayer(layer.logits, 8 * layer.outputs, 8 * layer.residual, 8 * layer.weights)
+        for index, layer in layers.items()
+    }
+    stats, larger = stats_of(layers), stats_of(scaled)
+    for keep in (4, 7):
+        plain, other = (decide(make(name), which, keep_all(stats, keep)) for which in (stats, larger))
+        assert {i: decisions(p) for i, p in plain.items()} == {i: decisions(p) for i, p in other.items()}
 
 
 def test_more_text_of_the_same_kind_changes_no_plan() -> None:

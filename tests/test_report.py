@@ -214,7 +214,7 @@ def test_costs_name_what_a_size_counts(tmp_path: Path) -> None:
 
 
 def write_errors(store: Store, cell: FakeCell, *layers: float) -> None:
-    store.write_json("errors", cell.errors_name, {"layers": {str(i): value for i, value in enumerate(layers)}})
+    store.write_json("errors", cell.errors_name, {"layers": dict(enumerate(layers)), "seconds": 2.0})
 
 
 def test_errors_are_shown_for_each_layer_and_averaged_over_seeds(tmp_path: Path) -> None:
@@ -257,8 +257,27 @@ def test_many_ratios_stand_side_by_side(tmp_path: Path) -> None:
     assert facts.loc[("toy", "EAN")].tolist() == ["60.0 ± 2.0", tables.FAILED, "40.0 ± 2.0"]
     assert wrong.loc[("toy", "EAN")].tolist() == ["0.0400", "0.0500", "0.0600"]
     assert sums.index.tolist() == [("toy", "REAP"), ("toy", "EAN")], "in the order of the sweep"
+    text = tables.text(made)
+    assert all(f"**{title}**\n\n| model" in text for title in made), "each says what it shows"
+    assert "MB written" not in tables.footer(report.frame(by_ratio_sweep(tmp_path)))
 
 
 def test_the_error_is_compared_with_the_score_within_each_ratio(tmp_path: Path) -> None:
     assert "sums acc -1.00" in tables.agreement(report.frame(by_ratio_sweep(tmp_path)))
     assert tables.agreement(report.frame(filled(tmp_path / "few"))) == ""
+
+
+def test_models_are_not_mixed_when_errors_are_compared_with_scores(tmp_path: Path) -> None:
+    """Within each model the larger error goes with the lower score; pooled, the strong model would hide it."""
+    cells, sweep = [], sweep_of(tmp_path, [])
+    for model, base in (("weak", 0.1), ("strong", 0.9)):
+        for place, label in enumerate(("REAP", "EAN", "MAN")):
+            for ratio in (0.125, 0.25, 0.5):
+                cell = FakeCell(label, ratio, model=FakeModel(model), tasks=(FakeTask("sums"),))
+                cells.append(cell)
+                write_record(sweep.store, cell, cell.tasks[0], base - 0.01 * place)
+                write_errors(sweep.store, cell, base + 0.01 * place)
+    tidy = report.frame(sweep_of(tmp_path, cells))
+    assert "sums acc -1.00" in tables.agreement(tidy)
+    alike = tidy.assign(value=0.5)
+    assert "nan" not in tables.agreement(alike)

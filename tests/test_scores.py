@@ -96,6 +96,16 @@ def test_aimer_prunes_the_expert_whose_weights_are_all_alike(tmp_path: Path) -> 
     assert all(plan.routes[3] is None for plan in plans.values())
 
 
+def test_an_expert_whose_weights_are_zero_goes_first(tmp_path: Path) -> None:
+    def erase(model: torch.nn.Module) -> None:
+        for block in model.model.layers:
+            block.mlp.experts.gate_up_proj[2], block.mlp.experts.down_proj[2] = 0, 0
+
+    stats = weight_sums(write_model("qwen3_moe", tmp_path, erase))
+    plans = decide(make("aimer"), stats, keep_all(stats, EXPERTS - 1))
+    assert all(plan.routes[2] is None for plan in plans.values())
+
+
 def sets(experts: int, number: int) -> list[np.ndarray]:
     chosen = [np.zeros(experts, dtype=bool) for _ in itertools.combinations(range(experts), number)]
     for indicator, members in zip(chosen, itertools.combinations(range(experts), number), strict=True):
@@ -230,6 +240,18 @@ def test_super_experts_are_kept_whatever_the_score_says(score: REAP | EAN | Freq
     assert kept[1] == plain[1], "where there is none, the score decides alone"
     assert kept[3] == plain[3], "the last quarter of the layers is not looked at"
     assert all(len(plan.slots) == 6 for plan in kept.values())
+
+
+def test_a_model_of_one_layer_has_super_experts_too() -> None:
+    found = protecting(REAP()).super_experts(Stats({0: huge_outputs({0: 5}).layers[0]}))
+    assert np.flatnonzero(found[0]).tolist() == [5]
+
+
+def test_of_more_super_experts_than_may_be_kept_the_score_decides() -> None:
+    stats = huge_outputs({})
+    stats.layers[1].sums["output_max"][:3] = 500
+    stats.layers[1].sums["gate_norm"][:3] = 3, 9, 6
+    assert decide(protecting(REAP()), stats, keep_all(stats, 2))[1].kept_rows == (1, 2)
 
 
 def test_few_experts_are_super() -> None:

@@ -64,7 +64,7 @@ def naive_layer(batches: list[tuple]) -> LayerStats:
     sums = {name: np.zeros(EXPERTS) for name in ROUTED}
     sums |= {name: np.zeros((EXPERTS, EXPERTS)) for name in PAIRWISE}
     sums |= {name: np.zeros((EXPERTS, HIDDEN)) for name in OF_OUTPUTS}
-    sums["gate_norm_turn"] = np.zeros(EXPERTS)
+    sums |= {name: np.zeros(EXPERTS) for name in ("gate_norm_turn", "logit_sum")}
     tokens = 0
     for hidden, chosen, gates, mask, stream, block in batches:
         for t in np.flatnonzero(mask):
@@ -79,6 +79,7 @@ def naive_layer(batches: list[tuple]) -> LayerStats:
 def naive_token(
     sums: dict[str, np.ndarray], logits: np.ndarray, gate_of: dict[int, float], outputs: list[np.ndarray], u: np.ndarray
 ) -> None:
+    sums["logit_sum"] += logits
     sums["logit_gram"] += np.outer(logits, logits)
     after = u + sum(g * outputs[expert] for expert, g in gate_of.items())
     turn = max(0.0, 1 - float(u @ after / np.linalg.norm(u) / np.linalg.norm(after)))

@@ -64,6 +64,7 @@ class ToyLayer:
             "gate_sq_norm_sq": (strength**2).sum(0),
             "output_max": (np.abs(self.outputs).max(axis=2) * on).max(0),
             "gate_norm_turn": (strength * np.maximum(0, 1 - cosine)[:, None]).sum(0),
+            "logit_sum": self.logits.sum(0),
             "logit_gram": self.logits.T @ self.logits,
             "coactivation": on.T @ on,
             "gated_norm_gram": strength.T @ strength,
