@@ -16,7 +16,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from harness import report, stages
+from harness import report, scoring, stages
 from harness.commandline import checked, refuse_politely
 from harness.spec import Cell, cell_of
 from harness.store import Store, say
@@ -24,22 +24,22 @@ from harness.store import Store, say
 
 def run(cell: Cell, store: Store) -> None:
     """Take one cell from the model to its records; what the store holds already is not done again."""
-    if all(stages.is_done(cell, task, store) for task in cell.tasks):
+    if all(scoring.is_done(cell, task, store) for task in cell.tasks):
         return say("record", cell.slug, "cached")
     given = made = None
     errors: dict[str, str] = {}
-    with stages.noting(errors, cell.tasks):
+    with scoring.noting(errors, cell.tasks):
         given = stages.statistics(cell, store)
         made = stages.plan(cell, given, store)
         stages.reconstruct(cell, made, store)
-        missing = [task for task in cell.tasks if not stages.scored(cell, made, task, store)]
+        missing = [task for task in cell.tasks if not scoring.scored(cell, made, task, store)]
         if missing:
-            with stages.noting(errors, missing), stages.serving(cell, made, store) as served:
+            with scoring.noting(errors, missing), scoring.serving(cell, made, store) as served:
                 for task in missing:
-                    with stages.noting(errors, [task]):
-                        stages.score(cell, made, task, served, store)
+                    with scoring.noting(errors, [task]):
+                        scoring.score(cell, made, task, served, store)
     for task in cell.tasks:
-        stages.record(cell, given, made, task, errors.get(task.name), store)
+        scoring.record(cell, given, made, task, errors.get(task.name), store)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -205,7 +205,7 @@ def test_partial_preserve_with_another_importance_and_similarity() -> None:
 
 
 def test_partial_preserve_centres_the_logits() -> None:
-    """A shift of one expert's logits on all tokens changes no routing, so the cosine is that of centred columns."""
+    """SlimQwen's similarity of logits is the cosine of centred columns."""
     layer = toy_layer(np.random.default_rng(7))
     method = make("partial_preserve", similarity="logits")
     centred = layer.logits - layer.logits.mean(axis=0)

@@ -1,4 +1,4 @@
-"""From model to plan and error through the store, on the embedded model: every way of asking a method, and once each."""
+"""From model to plan and error through the store, on the embedded model: every way of asking a method."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import stages
+from harness import scoring, stages
 from harness.errors import StageError, UserError
 from harness.spec import Cell
 from harness.stats import EXTRAS
@@ -90,7 +90,7 @@ def test_an_error_that_cannot_be_measured_costs_no_plan_and_is_tried_again(tmp_p
         made = planned(cell, store)
     assert "MemoryError: not enough" in capsys.readouterr().err
     assert not store.path("errors", cell.errors_name).exists()
-    assert not stages.is_done(cell, cell.tasks[0], store)
+    assert not scoring.is_done(cell, cell.tasks[0], store)
     stages.reconstruct(cell, made, store)
     assert store.path("errors", cell.errors_name).exists()
 
@@ -100,9 +100,9 @@ def test_a_failure_does_not_replace_a_finished_record(tmp_path: Path) -> None:
     (cell,) = cells(tmp_path, "method=reap").values()
     store, task = Store(tmp_path), cell.tasks[0]
     store.write_json("records", cell.record_name(task), {"status": "done", "metrics": {}})
-    assert stages.has_score(cell, task, store) and not stages.is_done(cell, task, store)
-    stages.record(cell, None, None, task, "no memory", store)
-    assert stages.has_score(cell, task, store)
+    assert scoring.has_score(cell, task, store) and not scoring.is_done(cell, task, store)
+    scoring.record(cell, None, None, task, "no memory", store)
+    assert scoring.has_score(cell, task, store)
 
 
 def test_statistics_that_are_not_finite_make_no_plan(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness import stages
+from harness import scoring
 from harness.commandline import checked, refuse_politely
 from harness.errors import StageError
 from harness.run import run
@@ -67,7 +67,7 @@ def main() -> int:
     tasks = [task for task in cell.tasks if isinstance(task, LmEval)]
     plain = theirs(cell.model.folder, tasks)
     rows = [
-        compare(task.name, stages.samples(cell, task, sweep.store), other)
+        compare(task.name, scoring.samples(cell, task, sweep.store), other)
         for task, other in zip(tasks, plain, strict=True)
     ]
     print(markdown(pd.DataFrame(rows).set_index("benchmark")))
