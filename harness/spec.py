@@ -33,7 +33,7 @@ from methods.none import NoCompression
 from tasks import Task
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
-STATS_SCHEMA = 3  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
+STATS_SCHEMA = 4  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
 ERRORS_SCHEMA = 1  # the errors of harness/reconstruct.py, and the blocks in memory of blocks.py and align.py
 SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 

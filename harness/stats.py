@@ -27,6 +27,7 @@ ROUTED = (
     "norm",  # sum of n
     "norm_sq",  # sum of n^2
     "gate_norm",  # sum of g n
+    "gate_sq_norm",  # sum of g^2 n
     "gate_sq_norm_sq",  # sum of g^2 n^2
     "output_max",  # not a sum: the largest |f(x)| of any token and channel
 )

@@ -30,6 +30,7 @@ def routed_sums(index: Tensor, weight: Tensor, outputs: Tensor, experts: int) ->
         "norm": norm,
         "norm_sq": norm**2,
         "gate_norm": gate * norm,
+        "gate_sq_norm": gate**2 * norm,
         "gate_sq_norm_sq": (gate * norm) ** 2,
     }
     sums = {name: per_expert(index, value, experts) for name, value in each.items()}

@@ -7,7 +7,7 @@ import numpy as np
 
 from harness.plan import LayerPlan
 from harness.stats import LayerStats
-from methods import LayerMethod, highest, mean_over
+from methods import LayerMethod, highest, mean_over, one_of
 
 STEPS = 500  # of the relaxation; it stops earlier at a stationary point
 
@@ -22,7 +22,10 @@ class HOPE(LayerMethod):
     solved over the relaxed set 0 <= p <= 1, sum p = |P|, and rounded to the |P| largest entries of p. The diagonal is
     the mean of a^2, which is not the square of REAP's score.
 
-    Source: arXiv 2609.18916, read in summaries. N_ij is the true number of tokens routed to both.
+    Options: ``average`` pairs (default, the paper's practice: N_ij is the number of tokens routed to both) or tokens
+    (its theory: all T calibration tokens instead of N_ij).
+
+    Source: arXiv 2609.18916, read in summaries.
 
     Where we differ: the paper's solver is not known to us; ours is Frank-Wolfe with exact line search from the uniform
     point, at most 500 steps, deterministic and independent of how experts are numbered. F need not be positive
@@ -30,10 +33,15 @@ class HOPE(LayerMethod):
     not improved further.
     """
 
+    average: str
     needs: ClassVar[frozenset[str]] = frozenset({"coactivation", "gated_norm_gram"})
 
+    def __post_init__(self) -> None:
+        one_of("average", self.average, ("pairs", "tokens"))
+
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
-        pruned = relaxed(pairwise_energy(stats), stats.experts - keep)
+        energy = pairwise_energy(stats) if self.average == "pairs" else stats["gated_norm_gram"] / max(stats.tokens, 1)
+        pruned = relaxed(energy, stats.experts - keep)
         return LayerPlan.prune(highest(keep, -pruned.round(9)), stats.experts)
 
 

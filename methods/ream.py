@@ -7,8 +7,7 @@ import numpy as np
 
 from harness.plan import LayerPlan
 from harness.stats import LayerStats
-from methods import SequentialMethod, gram_cosine, highest, within
-from methods.reap import REAP
+from methods import SequentialMethod, gram_cosine, highest, mean_over, one_of, within
 
 
 @dataclass(frozen=True)
@@ -26,23 +25,30 @@ class REAM(SequentialMethod):
     scores as weights, hidden units aligned to the centre's. Router rows of absorbed experts are deleted, as when
     pruning, and so is an expert that no group has room for.
 
+    Options: ``saliency`` reap (default, as the paper says) or gate_squared, the mean of g^2 ||f|| that the released
+    default computes, as it multiplies by the gate twice; ``group_size``.
+
     Source: arXiv 2604.04356 and its published code (SamsungSAILMontreal/ream).
 
     Where we differ: similarity is the code's (a second reading of the paper's eq. 7-8 has a sum of the terms and a
-    cosine per token). The score is REAP's, as the paper says, where the released default squares the gate. Alignment
+    cosine per token). Alignment
     matches weights; the code matches sampled hidden activations and a 64-dimensional PCA of the weights. Padding never
     counts and sums are over all batches, where the code averages batch means.
     """
 
+    saliency: str
     group_size: int
     aligns: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = REAP.needs | {"all_gated_output_sum", "logit_gram"}
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"count", "gate_norm", "gate_sq_norm", "all_gated_output_sum", "logit_gram"}
+    )
 
     def __post_init__(self) -> None:
+        one_of("saliency", self.saliency, ("reap", "gate_squared"))
         within("group_size", self.group_size, 1, 1_000_000)
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
-        score = REAP().score(stats)
+        score = mean_over(stats["gate_norm" if self.saliency == "reap" else "gate_sq_norm"], stats["count"])
         order = [int(expert) for expert in highest(stats.experts, score)]
         free = order[keep:]
         likeness = similarity(stats)

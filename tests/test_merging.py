@@ -216,7 +216,7 @@ def test_partial_preserve_centres_the_logits() -> None:
 def test_ream_centres_absorb_the_most_similar_in_order_of_salience() -> None:
     stats = random_stats(3)
     for size in (3, 16):
-        for index, plan in decide(REAM(size), stats, keep_all(stats, 5)).items():
+        for index, plan in decide(REAM("reap", size), stats, keep_all(stats, 5)).items():
             layer = stats.layers[index]
             score, likeness = REAP().score(layer), similarity(layer)
             order = [int(e) for e in highest(12, score)]
@@ -233,6 +233,14 @@ def test_ream_centres_absorb_the_most_similar_in_order_of_salience() -> None:
                 np.testing.assert_allclose([s.weight for s in slot], score[members] / score[members].sum())
 
 
+def test_ream_with_the_released_saliency_squares_the_gate() -> None:
+    layer = toy_layer(np.random.default_rng(6))
+    strength = layer.gates**2 * np.linalg.norm(layer.outputs, axis=2)
+    saliency = strength.sum(axis=0) / (layer.gates > 0).sum(axis=0)
+    kept = REAM("gate_squared", 16).plan_layer(layer.stats(), 5).kept_rows
+    assert set(kept) == set(np.argsort(-saliency)[:5])
+
+
 def test_ream_similarity_is_the_mean_of_both_terms() -> None:
     layer = toy_layer(np.random.default_rng(5))
     softmax = np.exp(layer.logits) / np.exp(layer.logits).sum(axis=1, keepdims=True)
@@ -247,10 +255,10 @@ def test_ream_similarity_is_the_mean_of_both_terms() -> None:
 def test_ream_sees_each_layer_behind_the_compressed_ones(qwen_model: Model) -> None:
     """The first layer's plan is the one-shot plan; the next follow from the model compressed so far."""
     batches, keep = token_batches(), dict.fromkeys(qwen_model.experts, 4)
-    one_shot = decide(REAM(16), calibrate(qwen_model.load("float32"), batches, frozenset(EXTRAS)), keep)
+    one_shot = decide(REAM("reap", 16), calibrate(qwen_model.load("float32"), batches, frozenset(EXTRAS)), keep)
     loaded = qwen_model.load("float32")
     extras = REAM.needs & set(EXTRAS)
-    plans = decide_in_sequence(REAM(16), loaded, batches, extras, "actual", keep)
+    plans = decide_in_sequence(REAM("reap", 16), loaded, batches, extras, "actual", keep)
     first, *later = sorted(plans)
     assert decisions(plans[first]) == decisions(one_shot[first])
     assert any(decisions(plans[index]) != decisions(one_shot[index]) for index in later)

@@ -201,6 +201,15 @@ def test_hope_is_near_the_exhaustive_optimum_and_beats_its_own_diagonal() -> Non
     assert ours < 1.01 < 1.05 < diagonal
 
 
+def test_hope_over_all_tokens_is_the_other_mean() -> None:
+    layer = toy_layer(np.random.default_rng(3))
+    stats, strength = layer.stats(), layer.gates * np.linalg.norm(layer.outputs, axis=2)
+    expected = highest(7, -relaxed(strength.T @ strength / len(strength), 5).round(9))
+    found = make("hope", average="tokens").plan_layer(stats, 7).kept_rows  # type: ignore[attr-defined]
+    assert set(found) == set(expected)
+    assert found != make("hope").plan_layer(stats, 7).kept_rows  # type: ignore[attr-defined]
+
+
 def test_hope_with_no_pairs_sorts_the_diagonal() -> None:
     energy = np.diag(np.random.default_rng(0).uniform(1, 9, 12))
     pruned = relaxed(energy, 5)
@@ -210,8 +219,8 @@ def test_hope_with_no_pairs_sorts_the_diagonal() -> None:
 # Super experts.
 
 
-def protecting(score: REAP | EAN | Frequency) -> ProtectSuperExperts:
-    return ProtectSuperExperts(score, quantile=0.9, share=0.1, layers=0.75)
+def protecting(score: REAP | EAN | Frequency, over: str = "early") -> ProtectSuperExperts:
+    return ProtectSuperExperts(score, quantile=0.9, share=0.1, layers=0.75, over=over)
 
 
 def huge_outputs(where: dict[int, int]) -> Stats:
@@ -240,6 +249,14 @@ def test_super_experts_are_kept_whatever_the_score_says(score: REAP | EAN | Freq
     assert kept[1] == plain[1], "where there is none, the score decides alone"
     assert kept[3] == plain[3], "the last quarter of the layers is not looked at"
     assert all(len(plan.slots) == 6 for plan in kept.values())
+
+
+def test_thresholds_over_all_layers_are_those_of_the_published_code() -> None:
+    """A late giant, itself never protected, raises the bar for the early layers where REAP's code looks at all."""
+    stats = huge_outputs({0: 5})
+    stats.layers[3].sums["output_max"][1] = 50_000
+    found = {over: protecting(REAP(), over).super_experts(stats)[0].nonzero()[0].tolist() for over in ("early", "all")}
+    assert found == {"early": [5], "all": []}
 
 
 def test_a_model_of_one_layer_has_super_experts_too() -> None:

@@ -138,4 +138,4 @@ def test_a_sequence_gathers_its_own_statistics_and_nothing_else(tmp_path: Path, 
     )
     with pytest.raises(UserError):  # the empty plan fits no model
         planned(cell, Store(tmp_path))
-    assert asked == [{"all_gated_output_sum", "logit_gram"}]
+    assert asked == [{"all_gated_output_sum", "logit_gram"}], "REAM's own"

@@ -96,7 +96,7 @@ def naive_token(
             "gate_norm": g * n,
             "gate_norm_turn": g * n * turn,
         }
-        for name, value in {**values, "gate_sq_norm_sq": (g * n) ** 2}.items():
+        for name, value in {**values, "gate_sq_norm": g * g * n, "gate_sq_norm_sq": (g * n) ** 2}.items():
             sums[name][i] += value
         sums["output_max"][i] = max(sums["output_max"][i], np.abs(outputs[i]).max())
         for j, other in gate_of.items():

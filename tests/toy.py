@@ -61,6 +61,7 @@ class ToyLayer:
             "norm": norm.sum(0),
             "norm_sq": (norm**2).sum(0),
             "gate_norm": strength.sum(0),
+            "gate_sq_norm": (self.gates * strength).sum(0),
             "gate_sq_norm_sq": (strength**2).sum(0),
             "output_max": (np.abs(self.outputs).max(axis=2) * on).max(0),
             "gate_norm_turn": (strength * np.maximum(0, 1 - cosine)[:, None]).sum(0),
