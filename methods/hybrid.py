@@ -23,7 +23,7 @@ class Hybrid:
     preservation). Both must leave the same number of router rows, or no stock server takes a mixture of them: HC-SMoE,
     which keeps every row, can be measured against pruning here, but its mixtures are refused at export.
 
-    Source: our own, after the discussion of REAP, arXiv 2510.13999, section 6: merging loses where the router's
+    Source: our own, after the discussion of REAP, arXiv 2510.13999: merging loses where the router's
     independent control of experts matters, and that differs by layer.
 
     Where we differ: nothing to differ from. The choice is made by the error of each layer alone, on the original
