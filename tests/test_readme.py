@@ -43,6 +43,22 @@ def test_the_model_card_shows_the_finished_table_of_calibration_domains() -> Non
     assert "✗" not in table.split("\n\n")[0] and "—" not in table.split("\n\n")[0]
 
 
+def test_the_zoo_shows_every_method_at_every_ratio() -> None:
+    arguments = ["docs/zoo.md", "sweep=zoo"]
+    _, table, _ = readme.between_markers((ROOT / arguments[0]).read_text(), arguments)
+    *shown, footer = table.strip().split("\n\n")
+    assert footer.startswith("Scores in points")
+    cells = [cell for cell in expand(arguments[1:]).cells if cell.compresses]
+    titles, rows = shown[::2], shown[1::2]
+    assert len(titles) == 6, "five metrics and the reconstruction error"
+    for made in rows:
+        header, _, *lines = made.splitlines()
+        assert re.findall(r"0\.\d+", header) == [f"{ratio:.4g}" for ratio in dict.fromkeys(c.ratio for c in cells)]
+        found = [[entry.strip() for entry in line.split("|")[2:-1]] for line in lines]
+        assert [label for label, *_ in found] == list(dict.fromkeys(cell.label for cell in cells))
+        assert all(re.match(r"\d", value) for _, *values in found for value in values)
+
+
 def test_a_table_needs_its_markers() -> None:
     with pytest.raises(UserError, match="no place for this table"):
         readme.between_markers("text", ["README.md", "sweep=demo"])
