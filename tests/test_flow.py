@@ -18,7 +18,7 @@ import pytest
 from harness.models import ROOT
 
 SWEEP = ["method=none,reap,hc_smoe", "ratio=0.5", "limit=6", "calibration.sequences=8"]
-TIMES = [f"seconds_{stage}" for stage in ("calibrate", "plan", "export", "serve", "score")]
+TIMES = [f"seconds_{stage}" for stage in ("calibrate", "plan", "reconstruct", "export", "serve", "score")]
 
 
 def command(store: Path, *more: str) -> list[str]:
