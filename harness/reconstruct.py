@@ -11,7 +11,7 @@ block after the plan, tokens routed anew, both fed the original model's hidden s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,15 @@ class Reconstruction:
 def block_inputs(model: PreTrainedModel, blocks: Mapping[int, nn.Module], batches: Batches) -> dict[int, Tensor]:
     """Hidden states [tokens, H] that enter each block; masked tokens are left out."""
     seen: dict[int, list[Tensor]] = {layer: [] for layer in blocks}
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args, layer=layer: seen[layer].append(args[0].flatten(0, -2)))
-        for layer, block in blocks.items()
-    ]
+
+    def note(layer: int) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Tensor, ...], given: dict[str, Tensor]) -> None:
+            hidden = args[0] if args else next(iter(given.values()))
+            seen[layer].append(hidden.flatten(0, -2))
+
+        return hook
+
+    hooks = [block.register_forward_pre_hook(note(layer), with_kwargs=True) for layer, block in blocks.items()]
     try:
         with torch.no_grad():
             masks = []

@@ -155,9 +155,11 @@ def _by_ratio(column: pd.Series) -> pd.DataFrame:
 
 
 def _uncompressed(whole: pd.DataFrame, title: str) -> str:
+    """What the uncompressed model scores there, for a title; of several models, each by its name."""
     if title not in whole or whole.empty:
         return ""
-    return "; uncompressed " + ", ".join(whole[title])
+    values = dict(zip(whole.index.get_level_values("model"), whole[title], strict=True))
+    return "; uncompressed " + ", ".join(f"{m} {v}" if len(values) > 1 else v for m, v in values.items())
 
 
 def agreement(tidy: pd.DataFrame) -> str:
@@ -173,6 +175,8 @@ def agreement(tidy: pd.DataFrame) -> str:
         found = [_rank_correlation(group) for _, group in means.groupby(["model", "ratio"])]
         if known := [value for value in found if not math.isnan(value)]:
             parts.append(f"{task} {metric} {sum(known) / len(known):+.2f}")
+    if not parts:
+        return ""
     return "Rank correlation of the reconstruction error with the score, within a ratio: " + ", ".join(parts) + "."
 
 
