@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +150,7 @@ class Cell:
 
     @property
     def slug(self) -> str:
-        parts = [self.model.name, self.label]
+        parts = [self.model.name, self.label[:80]]  # a file name has its limits
         parts += [f"r{self.ratio:.4g}", f"s{self.seed}"] if self.compresses else []
         return re.sub(r"[^\w.-]+", "_", "-".join(parts).lower()).strip("_")
 
@@ -260,9 +260,22 @@ def _method(fields: Mapping[str, Any], protect: Mapping[str, Any] | None) -> tup
 
 def _changes(given: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     """Every parameter that is not as the YAML in conf/ has it, for a label."""
-    own = {name: value for name, value in given.items() if name not in ("_target_", "label", "seed")}
-    changed = [f"{name}={value}" for name, value in own.items() if name not in usual or usual[name] != value]
+    changed = list(_differences(given, usual))
     return f" ({', '.join(changed)})" if changed else ""
+
+
+def _differences(given: Mapping[str, Any], usual: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    for name, value in given.items():
+        before = usual.get(name)
+        if name in ("_target_", "label", "seed") or (name in usual and before == value):
+            continue
+        if not isinstance(value, Mapping):
+            yield f"{within}{name}={value}"
+        elif isinstance(before, Mapping) and before.get("_target_") == value.get("_target_"):
+            yield from _differences(value, before, f"{within}{name}.")
+        else:  # another object: its class, and its parameters where they are not as its own YAML has them
+            yield f"{within}{name}={str(value.get('_target_')).split('.')[-1]}"
+            yield from _differences(value, _usual("method", value), f"{within}{name}.")
 
 
 def _usual(group: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -84,6 +84,14 @@ def test_a_methods_options_show_in_its_label() -> None:
         "M-SMoE (align=weights, reference_compat=True)"
     ]
     assert labels("method=random", "seed=3") == ["random"]
+    assert labels("method=hybrid", "method.merge.preserved=0.8") == ["hybrid (merge.preserved=0.8)"]
+    assert labels("method=hybrid", "method.prune._target_=methods.ean.EAN,methods.reap.REAP") == [
+        "hybrid (prune=EAN)",
+        "hybrid",
+    ]
+    assert labels("method=hybrid", "method.merge.importance._target_=methods.ean.EAN") == [
+        "hybrid (merge.importance=EAN)"
+    ]
     assert labels("method=hc_smoe", "method.linkage=ward", "method.label=mine") == ["mine"]
     assert labels("method=reap,none", "protect=super_experts") == ["REAP + super experts", "uncompressed"]
     assert labels("method=reap", "protect=super_experts", "protect.quantile=0.9") == [
