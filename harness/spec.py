@@ -185,7 +185,7 @@ class Cell:
         if self.compresses:
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
         known = (*ROUTED, *EXTRAS, *WEIGHTS, *MEASURES)
-        unknown = (self.method.needs | self.collect) - set(known)
+        unknown = (self.method.needs - set(known)) | (self.collect - {*ROUTED, *EXTRAS})
         if unknown:
             raise UserError(
                 f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. There are {', '.join(known)}."
@@ -280,7 +280,8 @@ def _differences(given: Mapping[str, Any], usual: Mapping[str, Any], within: str
 
 def _usual(group: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """What conf/<group>/ has for the class that ``_target_`` names: methods.reap.REAP is in reap.yaml."""
-    return _read(CONF / group / f"{str(fields.get('_target_', '?.?')).split('.')[-2]}.yaml")
+    module = str(fields.get("_target_", "")).rpartition(".")[0]
+    return _read(CONF / group / f"{module.rpartition('.')[2]}.yaml")
 
 
 @functools.cache

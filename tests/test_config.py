@@ -209,6 +209,8 @@ CASES = {
         ["hybrid", "calibration.held_out"],
     ),
     "held out less than nothing": (["calibration.held_out=-1"], ["held out"]),
+    "a class without a module": (["method._target_=nothing"], ["nothing"]),
+    "a sum of the weights is not for the pass": (["collect=[weight_abs]"], ["weight_abs"]),
     "an unknown class inside a method": (
         ["method=hybrid", "method.prune._target_=methods.nothing.No"],
         ["methods.nothing.No"],
