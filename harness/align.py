@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from harness.plan import LayerPlan
 
 
 def unit_order(reference: Sequence[Tensor], member: Sequence[Tensor]) -> Tensor:
@@ -20,3 +22,13 @@ def unit_order(reference: Sequence[Tensor], member: Sequence[Tensor]) -> Tensor:
     assert isinstance(likeness, Tensor)
     _, columns = linear_sum_assignment(likeness.cpu().double().numpy(), maximize=True)
     return torch.from_numpy(columns).to(member[0].device)
+
+
+def unit_orders(plan: LayerPlan, parts: Callable[[int], Sequence[Tensor]]) -> dict[int, Tensor]:
+    """For every expert that is merged into a weightier one, the order of its hidden units that matches the other's.
+
+    parts: the matrices of an expert, as `unit_order` takes them.
+    """
+    return {
+        source.expert: unit_order(parts(reference), parts(source.expert)) for reference, source in plan.aligned_pairs()
+    }

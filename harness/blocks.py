@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.align import unit_order
+from harness.align import unit_orders
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, role
 from harness.plan import LayerPlan, Source
@@ -107,6 +107,4 @@ def _unit_orders(experts: nn.Module, plan: LayerPlan) -> dict[int, Tensor]:
     def parts(expert: int) -> list[Tensor]:
         return [gate_up[expert, :width], gate_up[expert, width:], down[expert].T]
 
-    return {
-        source.expert: unit_order(parts(reference), parts(source.expert)) for reference, source in plan.aligned_pairs()
-    }
+    return unit_orders(plan, parts)

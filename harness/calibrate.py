@@ -226,7 +226,7 @@ class Observer:
     ) -> None:
         wanted = self.extras & {"all_output_sum", "all_gated_output_sum"}
         if wanted:
-            gate = logits.float().softmax(dim=-1) if logits is not None else None
+            gate = _known(logits).float().softmax(dim=-1) if "all_gated_output_sum" in wanted else None
             plain, gated = sums.all_output_sums(experts, hidden, gate, here.experts)
             found = {"all_output_sum": plain, "all_gated_output_sum": gated}
             here.add({name: found[name] for name in wanted})

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import tensors
-from harness.align import unit_order
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, Model, Role, role
 from harness.plan import LayerPlan, Plan, Source
@@ -160,15 +159,17 @@ class _Writer:
             return tensor_of[sources[0].expert].read()
         if self.merged_layer != here.layer:
             self.merged, self.merged_layer = {}, here.layer
-            self.orders = {
-                source.expert: unit_order(self._units(here.prefix, reference), self._units(here.prefix, source.expert))
-                for reference, source in layer.aligned_pairs()
-            }
+            self.orders = self._unit_orders(layer, here.prefix) if layer.align else {}
         if (slot, here.part) not in self.merged:
             parts = [(self._ordered(tensor_of[s.expert], s.expert, here.part), s.weight) for s in sources]
             dtype = tensor_of[sources[0].expert].dtype
             self.merged[slot, here.part] = weighted_mean(parts, dtype)
         return self.merged[slot, here.part]
+
+    def _unit_orders(self, layer: LayerPlan, prefix: str) -> dict[int, torch.Tensor]:
+        from harness.align import unit_orders  # torch and scipy, which only this needs
+
+        return unit_orders(layer, lambda expert: self._units(prefix, expert))
 
     def _units(self, prefix: str, expert: int) -> list[torch.Tensor]:
         """An expert's matrices with one row per hidden unit."""
