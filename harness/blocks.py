@@ -5,7 +5,6 @@ The same as exporting the plan and loading the checkpoint (a test compares the t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +13,8 @@ from transformers import PreTrainedModel
 
 from harness.align import unit_orders
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, role
+from harness.models import EXPERT_COUNT, layer_index, role
 from harness.plan import LayerPlan, Source
-
-
-def layer_index(module_name: str) -> int:
-    """``model.layers.3.mlp.experts`` -> 3; -1 for modules outside the decoder layers."""
-    match = re.search(r"(?:^|\.)layers\.(\d+)\.", module_name + ".")
-    return int(match[1]) if match else -1
 
 
 def moe_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from harness import sums
-from harness.blocks import compress_block, layer_index, moe_blocks
+from harness.blocks import compress_block, moe_blocks
+from harness.models import layer_index
 from harness.errors import StageError, UserError
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks

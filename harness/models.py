@@ -28,7 +28,7 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 
 _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
 _EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
-_FUSED = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<part>[a-z].*)$")
+_FUSED = re.compile(r"^.*?(?:experts\.|block_sparse_moe\.(?=(?:in|out)put_linear\.))(?P<part>[a-z].*)$")
 _ROUTER = re.compile(
     r"(?:^|\.)(?:(?:gate|router|router\.layer|moe_statics)\.(?:weight|bias|e_score_correction_bias)"
     r"|(?:expert|router|e_score_correction)_bias)$"
@@ -69,6 +69,12 @@ def role(name: str, shape: Sequence[int], experts: Mapping[int, int]) -> Role:
     if _ROUTER.search(rest):
         return Role("router", layer, part=rest)
     return Role("other")
+
+
+def layer_index(module_name: str) -> int:
+    """``model.layers.3.mlp.experts`` -> 3; -1 for modules outside the decoder layers."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", module_name + ".")
+    return int(match[1]) if match else -1
 
 
 def experts_on_disk(folder_tensors: Mapping[str, Tensor], expected: int) -> dict[int, int]:

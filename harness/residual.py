@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.blocks import layer_index, moe_blocks
+from harness.blocks import moe_blocks
+from harness.models import layer_index
 from harness.errors import UserError
 
 

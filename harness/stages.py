@@ -136,7 +136,6 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
     cached = store.path("plans", name).exists()
     made = plans.from_json(store.once("plans", name, make).read_text())
     made.validate(cell.model.experts, cell.model.top_k)
-    checkpoint.written_experts(made)
     say("plan", name, "cached" if cached else f"{made.provenance['seconds']:.2f} s")
     return made
 

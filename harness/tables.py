@@ -103,7 +103,7 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
         return {}
     row = rows.iloc[0]
     return {
-        "experts written per layer": f"{row['size_experts']:.0f}",
+        "experts written per layer": f"{row['size_experts']:g}",
         "distinct": f"{row['size_distinct']:.4g}",
         "MB before": f"{row['original_bytes'] / 1e6:.2f}",
         "MB written": f"{row['size_bytes'] / 1e6:.2f}",

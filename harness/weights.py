@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from harness.checkpoint import MERGEABLE, decoded
 from harness.errors import UserError
 from harness.models import Model, role
+from harness.rewrite import MERGEABLE, decoded
 from harness.stats import WEIGHTS, LayerStats, Stats
 from harness.tensors import Tensor
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoint
+from harness import checkpoint, rewrite
+from harness.blocks import compress_block, moe_blocks
 from harness.errors import UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan, Source
@@ -120,7 +121,7 @@ def test_sizes_are_those_of_the_written_files(
     size = checkpoint.measure(family_model, plan)
     out = exported(family_model, plan, tmp_path / "out")
     assert (size.bytes, size.parameters) == (out.nbytes, out.parameters)
-    assert {size.experts} == set(out.experts.values())
+    assert {size.experts} == {float(count) for count in out.experts.values()}
     assert size.distinct == sum(plan.distinct_experts().values()) / len(plan.layers)
     assert size.distinct_bytes <= size.bytes
 
@@ -141,20 +142,36 @@ def test_a_checkpoint_of_many_files_keeps_its_index_true(tmp_path: Path) -> None
 def test_bf16_is_averaged_in_float32(tmp_path: Path) -> None:
     values = [torch.randn(64).bfloat16() for _ in range(3)]
     parts = [(v.view(torch.uint8).numpy().tobytes(), w) for v, w in zip(values, (0.2, 0.3, 0.5), strict=True)]
-    merged = torch.frombuffer(bytearray(checkpoint.weighted_mean(parts, "BF16")), dtype=torch.bfloat16)
+    merged = torch.frombuffer(bytearray(rewrite.weighted_mean(parts, "BF16")), dtype=torch.bfloat16)
     exact = 0.2 * values[0].double() + 0.3 * values[1].double() + 0.5 * values[2].double()
     assert torch.equal(merged, exact.float().bfloat16())
 
 
 def test_quantised_experts_are_not_averaged() -> None:
     with pytest.raises(UserError, match="F8_E4M3"):
-        checkpoint.weighted_mean([(b"1234", 0.5), (b"1234", 0.5)], "F8_E4M3")
+        rewrite.weighted_mean([(b"1234", 0.5), (b"1234", 0.5)], "F8_E4M3")
 
 
 def test_layers_of_different_counts_are_refused_for_a_stock_checkpoint(qwen_model: Model, tmp_path: Path) -> None:
     layers = {layer: LayerPlan.prune(range(4 + layer), EXPERTS) for layer in qwen_model.experts}
     with pytest.raises(UserError, match="one expert count"):
         checkpoint.export(qwen_model, Plan(layers), tmp_path)
+
+
+def test_layers_of_different_counts_are_padded_behind_a_router_bias(tmp_path: Path) -> None:
+    model = write_model("glm4_moe", tmp_path / "model")
+    layers = {
+        1: LayerPlan.prune([1, 4, 6], EXPERTS),
+        2: LayerPlan.merge([[0, 5], [1], [2], [3], [4], [6, 7]], [1.0] * EXPERTS),
+    }
+    out = exported(model, Plan(layers), tmp_path / "out")
+    assert set(out.experts.values()) == {EXPERTS}
+    compressed = model.load("float32")
+    for layer, block in moe_blocks(compressed).items():
+        compress_block(block, layer, layers[layer])
+    torch.testing.assert_close(logits(out.load("float32")), logits(compressed), atol=1e-5, rtol=1e-5)
+    bias = load_file(out.folder / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert (bias[3:] == rewrite.CLOSED).all() and (bias[:3] > -10).all()
 
 
 def test_config_is_patched_and_nothing_else_in_it(family_model: Model, tmp_path: Path) -> None:
