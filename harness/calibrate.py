@@ -19,8 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from harness import sums
 from harness.blocks import compress_block, moe_blocks
-from harness.models import layer_index
 from harness.errors import StageError, UserError
+from harness.models import layer_index
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats

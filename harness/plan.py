@@ -105,6 +105,11 @@ class LayerPlan:
     def is_identity(self) -> bool:
         return self == LayerPlan.identity(len(self.routes))
 
+    @property
+    def only_prunes(self) -> bool:
+        """Whether every expert that stays is what it was."""
+        return self == LayerPlan.prune(self.kept_rows, len(self.routes))
+
 
 def _weighted(cluster: Sequence[int], weights: Sequence[float]) -> tuple[Source, ...]:
     total = sum(float(weights[expert]) for expert in cluster)
@@ -123,6 +128,10 @@ class Plan:
     @property
     def is_identity(self) -> bool:
         return all(layer.is_identity for layer in self.layers.values())
+
+    @property
+    def only_prunes(self) -> bool:
+        return all(layer.only_prunes for layer in self.layers.values())
 
     @property
     def digest(self) -> str:

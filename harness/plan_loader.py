@@ -3,9 +3,9 @@
     python -m vllm.entrypoints.openai.api_server --model <original> --load-format plan \\
         --model-loader-extra-config '{"plan": "<plan.json>"}'
 
-vLLM finds it through the entry point ``vllm.general_plugins`` (pyproject.toml). No checkpoint is written, every layer has
-the expert count that the plan gives it, and each distinct expert is stored once: a merged layer keeps its router rows,
-and the experts that its router chooses are mapped to the slots they were merged into.
+vLLM finds it through the entry point ``vllm.general_plugins`` (pyproject.toml). No checkpoint is written, every layer
+has the expert count that the plan gives it, and each distinct expert is stored once: a merged layer keeps its router
+rows, and the experts that its router chooses are mapped to the slots they were merged into.
 
 It knows no architecture. While vLLM builds a decoder layer, the config says that layer's counts; after loading, the
 routers of merged layers get their map.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,15 +51,19 @@ def register() -> None:
 
 
 class PlanLoader(DefaultModelLoader):
-    """Builds and fills a model by the plan that ``model_loader_extra_config["plan"]`` names."""
+    """Builds and fills a model by the plan that ``model_loader_extra_config["plan"]`` names; as it is, without one."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(dataclasses.replace(load_config, model_loader_extra_config={}))
-        self.plan = plans.from_json(Path(load_config.model_loader_extra_config["plan"]).read_text())
+        self.file = load_config.model_loader_extra_config.get("plan")
+        self.plan = Plan({})
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Raises UserError if the plan is another model's or this build of vLLM cannot map merged experts."""
         source = Model("original", model_config.model)
+        self.plan = Plan({layer: LayerPlan.identity(count) for layer, count in source.experts.items()})
+        if self.file is not None:
+            self.plan = plans.from_json(Path(self.file).read_text())
         self.plan.validate(source.experts, source.top_k)
         with _counts_while_building(model_config, self.plan):
             model = super().load_model(vllm_config, model_config, prefix)
@@ -91,6 +95,7 @@ def _counts_while_building(model_config: ModelConfig, plan: Plan) -> Iterator[No
     aliases = [alias for alias in EXPERT_COUNT if hasattr(config, alias)]
     rows, slots = plan.written_experts(), plan.distinct_experts()
     building: list[int] = []
+    built: set[int] = set()
 
     def set_count(count: int) -> None:
         for alias in aliases:
@@ -100,6 +105,7 @@ def _counts_while_building(model_config: ModelConfig, plan: Plan) -> Iterator[No
         def one(prefix: str) -> nn.Module:
             layer = layer_index(prefix)
             building[:] = [layer]
+            built.add(layer)
             set_count(rows.get(layer, most))
             try:
                 return layer_fn(prefix=prefix)
@@ -116,10 +122,15 @@ def _counts_while_building(model_config: ModelConfig, plan: Plan) -> Iterator[No
 
     most = max(rows.values(), default=0)
     set_count(most)
-    module_name = get_model_architecture(model_config)[0].__module__
-    with patch.object(sys.modules[module_name], "make_layers", layer_by_layer):
-        with patch.object(fused_moe, "determine_expert_counts", stored):
-            yield
+    get_model_architecture(model_config)  # imports the module of the model's class
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(fused_moe, "determine_expert_counts", stored))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vllm.model_executor.models.") and vars(module).get("make_layers") is make_layers:
+                patches.enter_context(patch.object(module, "make_layers", layer_by_layer))
+        yield
+    if not built and not plan.is_identity:
+        raise UserError("vLLM builds this architecture's layers in a way of its own. Use serve=checkpoint.")
 
 
 def _map_rows_to_slots(runner: MoERunner, plan: LayerPlan) -> None:
@@ -131,14 +142,15 @@ def _map_rows_to_slots(runner: MoERunner, plan: LayerPlan) -> None:
         return
     if runner.is_monolithic:
         raise UserError(
-            "This build of vLLM routes inside its MoE kernel here, where merged experts cannot be mapped to their slots. "
-            "Use serve=checkpoint, which stores a copy for each router row."
+            "This build of vLLM routes inside its MoE kernel here, where merged experts cannot be mapped to their "
+            "slots. Use serve=checkpoint, which stores a copy for each router row."
         )
     device = next(runner.parameters()).device
     slot_of = torch.tensor(slots, dtype=torch.int64, device=device)
-    choose = runner.router._apply_eplb_mapping  # the last step of every router: from chosen ids to stored ones
+    router: Any = runner.router
+    choose = router._apply_eplb_mapping  # the last step of every router: from chosen ids to stored ones
 
     def mapped(ids: torch.Tensor) -> torch.Tensor:
         return slot_of[choose(ids).long()].to(ids.dtype)
 
-    runner.router._apply_eplb_mapping = mapped
+    router._apply_eplb_mapping = mapped

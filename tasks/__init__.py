@@ -21,6 +21,7 @@ class LLM:
     tokenizer: folder (or hub name) of its tokenizer, for tasks that count tokens.
     max_model_len: prompt plus completion, in tokens.
     max_stops: stop sequences that a request may carry.
+    concurrency: sequences it computes together: with as many in flight, no place in its batch is empty.
     """
 
     url: str
@@ -28,6 +29,7 @@ class LLM:
     tokenizer: str
     max_model_len: int
     max_stops: int = 4  # OpenAI's own API allows 4
+    concurrency: int = 32
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Completion:
 
 
 def complete(
-    llm: LLM, prompts: Sequence[str], *, max_tokens: int, stop: Sequence[str], concurrency: int, timeout_s: float
+    llm: LLM, prompts: Sequence[str], *, max_tokens: int, stop: Sequence[str], timeout_s: float
 ) -> list[Completion]:
     """Greedy completions in the order of ``prompts``, without the stop sequence that ended them.
 
@@ -34,7 +34,7 @@ def complete(
     request = {"model": llm.model, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
     request["stop"] = list(stop) if len(stop) <= llm.max_stops else _likeliest(stop, llm.max_stops)
     try:
-        found = asyncio.run(_all(f"{llm.url}/v1/completions", request, prompts, concurrency, timeout_s))
+        found = asyncio.run(_all(f"{llm.url}/v1/completions", request, prompts, llm.concurrency, timeout_s))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [_cut(completion, stop) for completion in found]

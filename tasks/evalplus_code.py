@@ -51,7 +51,6 @@ class EvalPlus:
     data_dir: str | None = None
     limit: int | None = None
     max_tokens: int = 768
-    concurrency: int = 32
     request_timeout_s: float = 600
     judge_timeout_s: float = 3600
     memory_gib: int = 4
@@ -94,7 +93,6 @@ class EvalPlus:
             prompts,
             max_tokens=self.max_tokens,
             stop=_stop_sequences(self.dataset),
-            concurrency=self.concurrency,
             timeout_s=self.request_timeout_s,
         )
         texts = [completion.text.replace("\t", "    ") for completion in completions]  # as EvalPlus's decoders do

@@ -35,7 +35,7 @@ class LmEval:
     metrics: those to report; all if left out. num_fewshot: worked examples, instead of the file's number.
     data_dir: local copies instead of the hub's data, ``lm_eval/<copy>/<split>.jsonl``; ``copy`` may hold
     ``{dataset_name}``. limit: score only the first items (of each subtask).
-    num_concurrent: requests in flight. batch_size: prompts per request.
+    batch_size: prompts per request; as many requests are in flight as fill the server's batch.
     """
 
     name: str
@@ -45,7 +45,6 @@ class LmEval:
     data_dir: str | None = None
     copy: str | None = None
     limit: int | None = None
-    num_concurrent: int = 8
     batch_size: int = 8
     timeout_s: int = 600
 
@@ -72,7 +71,7 @@ class LmEval:
         if all(file.data_files for file in self._files):
             for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
                 os.environ.setdefault(variable, "1")
-        client = _client(llm, self.num_concurrent, self.batch_size, self.timeout_s)
+        client = _client(llm, self.batch_size, self.timeout_s)
         return self.evaluate(client, workdir)
 
     def evaluate(self, model: Any, workdir: Path) -> Score:
@@ -133,7 +132,7 @@ class LmEval:
                 raise StageError(f"{self.name}: {len(set(ids))} items of {task} scored ({kind}), {expected} expected.")
 
 
-def _client(llm: LLM, num_concurrent: int, batch_size: int, timeout_s: int) -> Any:
+def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
     """lm-eval's own client for OpenAI-compatible servers, which also counts the generations cut at their limit."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -155,7 +154,9 @@ def _client(llm: LLM, num_concurrent: int, batch_size: int, timeout_s: int) -> A
         tokenizer_backend="huggingface",
         tokenized_requests=True,
         max_length=llm.max_model_len,
-        num_concurrent=max(2, num_concurrent),  # its path for one request at a time obeys proxy variables
+        num_concurrent=max(
+            2, -(-llm.concurrency // batch_size)
+        ),  # its path for one request at a time obeys proxy variables
         batch_size=batch_size,
         max_retries=3,
         timeout=timeout_s,

@@ -21,7 +21,7 @@ import torch
 from harness import serve
 from harness.errors import StageError, UserError
 from harness.models import ROOT
-from harness.serve import Server
+from harness.serve import Server, Weights
 from tasks import LLM
 from tests.conftest import vllm
 from tests.tiny_checkpoint import write_checkpoint
@@ -36,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    with SMALL.serve(folder, "tiny", folder / "server.log") as served:
-        yield served
+    with SMALL.serve(Weights(folder), "tiny", folder / "server.log") as served:
+        yield served.llm
 
 
 def server_processes() -> list[psutil.Process]:
@@ -72,27 +72,27 @@ def test_server_is_up_and_knows_its_length(llm: LLM, folder: Path):
 
 
 def test_length_is_at_most_the_models(folder: Path):
-    arguments = vllm(max_model_len=4096)._arguments(folder, "tiny")
+    arguments = vllm(max_model_len=4096)._arguments(Weights(folder), "tiny")
     assert arguments[arguments.index("--max-model-len") + 1] == "512"
 
 
 def test_nothing_is_left_after_leaving_and_after_an_exception(folder: Path, tmp_path: Path):
     before = set(server_processes())
-    with SMALL.serve(folder, "second", tmp_path / "log") as served:
+    with SMALL.serve(Weights(folder), "second", tmp_path / "log") as served:
         started = set(server_processes()) - before
-        assert started and is_open(served.url)
+        assert started and is_open(served.llm.url)
     assert not wait_until_gone(list(started), 2)
-    assert not is_open(served.url)
-    with pytest.raises(KeyboardInterrupt), SMALL.serve(folder, "third", tmp_path / "log") as served:
+    assert not is_open(served.llm.url)
+    with pytest.raises(KeyboardInterrupt), SMALL.serve(Weights(folder), "third", tmp_path / "log") as served:
         started = set(server_processes()) - before
         raise KeyboardInterrupt
     assert not wait_until_gone(list(started), 2)
-    assert not is_open(served.url)
+    assert not is_open(served.llm.url)
 
 
 def test_two_servers_at_once_do_not_disturb_each_other(llm: LLM, folder: Path, tmp_path: Path):
-    with SMALL.serve(folder, "other", tmp_path / "log") as other:
-        assert other.url != llm.url
+    with SMALL.serve(Weights(folder), "other", tmp_path / "log") as other:
+        assert other.llm.url != llm.url
     serve.probe(llm)
 
 
@@ -101,7 +101,7 @@ def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Pat
     start = time.monotonic()
     with (
         pytest.raises(StageError, match="Cause: .*Error: ") as empty,
-        SMALL.serve(tmp_path / "empty", "x", tmp_path / "1"),
+        SMALL.serve(Weights(tmp_path / "empty"), "x", tmp_path / "1"),
     ):
         pass
     assert time.monotonic() - start < 60
@@ -112,7 +112,7 @@ def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Pat
         file.truncate(50_000)
     with (
         pytest.raises(StageError, match="^vLLM ended .*Cause: .*(S|s)afetensor"),
-        SMALL.serve(cut, "x", tmp_path / "2"),
+        SMALL.serve(Weights(cut), "x", tmp_path / "2"),
     ):
         pass
 
@@ -120,7 +120,7 @@ def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Pat
 def test_start_up_time_is_limited(folder: Path, tmp_path: Path, llm: LLM):
     before = set(server_processes())
     hasty = vllm(dtype="float32", max_model_len=256, startup_timeout_s=0.3)
-    with pytest.raises(StageError, match="startup_timeout_s"), hasty.serve(folder, "x", tmp_path / "log"):
+    with pytest.raises(StageError, match="startup_timeout_s"), hasty.serve(Weights(folder), "x", tmp_path / "log"):
         pass
     assert not wait_until_gone(list(set(server_processes()) - before), 2)
 
@@ -130,15 +130,15 @@ def test_a_model_that_computes_nan_is_refused(tmp_path: Path):
         model.model.layers[1].mlp.gate.weight[3, 5] = float("nan")
 
     spoilt = write_checkpoint(tmp_path / "nan", spoil)
-    with pytest.raises(StageError, match="not finite"), SMALL.serve(spoilt, "nan", tmp_path / "log"):
+    with pytest.raises(StageError, match="not finite"), SMALL.serve(Weights(spoilt), "nan", tmp_path / "log"):
         pass
 
 
 def test_a_running_server_is_used_and_left_alone(llm: LLM, folder: Path, tmp_path: Path):
     running = Server(llm.url + "/", "tiny")
     running.check()
-    with running.serve(folder, "ignored", tmp_path / "log") as served:
-        assert served == replace(llm, max_stops=4), "we know nothing of its limits but the API's"
+    with running.serve(Weights(folder), "ignored", tmp_path / "log") as served:
+        assert served.llm == replace(llm, max_stops=4, concurrency=32), "we know nothing of its limits but the API's"
     assert is_open(llm.url)
     expected = {"engine": "external server", "url": llm.url, "model": "tiny", "tokenizer": None}
     assert running.identity() == expected
@@ -146,7 +146,10 @@ def test_a_running_server_is_used_and_left_alone(llm: LLM, folder: Path, tmp_pat
 
 def test_a_running_server_with_another_tokenizer_is_refused(llm: LLM, tmp_path: Path):
     other = Server(llm.url, "tiny", str(ROOT / "tasks" / "tiny" / "model"))
-    with pytest.raises(StageError, match="another tokenizer"), other.serve(tmp_path, "ignored", tmp_path / "log"):
+    with (
+        pytest.raises(StageError, match="another tokenizer"),
+        other.serve(Weights(tmp_path), "ignored", tmp_path / "log"),
+    ):
         pass
 
 
@@ -186,9 +189,10 @@ def test_secrets_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch):
 SCRIPT = """
 import sys, time
 from pathlib import Path
+from harness.serve import Weights
 from tests.conftest import vllm
 folder = Path(sys.argv[1])
-with vllm(dtype="float32", max_model_len=256).serve(folder, "tiny", folder / "killed.log"):
+with vllm(dtype="float32", max_model_len=256).serve(Weights(folder), "tiny", folder / "killed.log"):
     print("READY", flush=True)
     time.sleep(600)
 """

@@ -14,6 +14,7 @@ import torch
 
 from harness.errors import StageError, UserError
 from harness.models import ROOT
+from harness.serve import Weights
 from tasks import LLM
 from tasks.completions import complete
 from tasks.evalplus_code import EvalPlus
@@ -59,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    with vllm(dtype="float32", max_model_len=256).serve(folder, "tiny", folder / "server.log") as served:
-        yield served
+    with vllm(dtype="float32", max_model_len=256).serve(Weights(folder), "tiny", folder / "server.log") as served:
+        yield served.llm
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_a_server_that_is_gone_fails_the_task(folder: Path, tmp_path: Path):
     with pytest.raises(StageError, match="choice: lm-eval failed"):
         task.score(gone, tmp_path)
     with pytest.raises(StageError, match="gone"):
-        complete(gone, ["a"], max_tokens=4, stop=[], concurrency=1, timeout_s=5)
+        complete(gone, ["a"], max_tokens=4, stop=[], timeout_s=5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -191,7 +192,7 @@ def test_no_items_are_refused(tmp_path: Path):
 def test_completions_come_in_order_and_do_not_depend_on_company(llm: LLM, reference):
     prompts = [f"def f{i}(x):" for i in range(12)]
     settings = {"max_tokens": 6, "stop": [], "timeout_s": 60}
-    together = complete(llm, prompts, concurrency=12, **settings)
+    together = complete(llm, prompts, **settings)
     assert together == complete(llm, prompts, concurrency=1, **settings)
     assert [done.text for done in together] == [greedy(reference, prompt, 6) for prompt in prompts]
     assert {done.finish_reason for done in together} == {"length"}
@@ -199,7 +200,7 @@ def test_completions_come_in_order_and_do_not_depend_on_company(llm: LLM, refere
 
 def test_completions_stop_before_a_stop_sequence(llm: LLM, reference):
     text = greedy(reference, "abc", 6)
-    (done,) = complete(llm, ["abc"], max_tokens=6, stop=[text[3]], concurrency=1, timeout_s=60)
+    (done,) = complete(llm, ["abc"], max_tokens=6, stop=[text[3]], timeout_s=60)
     assert done.text == text[: text.index(text[3])]
     assert done.finish_reason == "stop"
 
@@ -207,7 +208,7 @@ def test_completions_stop_before_a_stop_sequence(llm: LLM, reference):
 def test_a_server_that_allows_few_stop_sequences_gives_the_same_completions(llm: LLM):
     stop = [*"abcdefgh", "\nxyz"]
     prompts = [f"def f{i}(x):" for i in range(12)]
-    settings = {"max_tokens": 24, "stop": stop, "concurrency": 12, "timeout_s": 60}
+    settings = {"max_tokens": 24, "stop": stop, "timeout_s": 60}
     few = complete(replace(llm, max_stops=4), prompts, **settings)
     assert few == complete(llm, prompts, **settings)
     assert "stop" in {done.finish_reason for done in few}, "some sequence occurs, or this shows nothing"
@@ -238,7 +239,7 @@ def test_identity_is_what_determines_the_score_and_not_where_it_lies(tmp_path: P
 
 def test_a_refused_completion_fails_with_the_servers_words(llm: LLM):
     with pytest.raises(StageError, match=r"refused a request \(400\).*256"):
-        complete(llm, ["a", "b"], max_tokens=999, stop=[], concurrency=2, timeout_s=60)
+        complete(llm, ["a", "b"], max_tokens=999, stop=[], timeout_s=60)
 
 
 def test_evalplus_completes_and_judges_every_problem(llm: LLM, tmp_path: Path):
