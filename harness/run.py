@@ -9,8 +9,10 @@ python -m harness.run method=reap,ean ratio=0.25,0.5 seed=0,1,2
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -18,8 +20,19 @@ from omegaconf import DictConfig
 
 from harness import report, scoring, stages
 from harness.commandline import checked, refuse_politely
+from harness.plan import Plan
 from harness.spec import Cell, cell_of
+from harness.stats import Stats
 from harness.store import Store, say
+from harness.sweep import Sweep
+
+
+def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
+    """Everything that needs the model in this process."""
+    given = stages.statistics(cell, store)
+    made = stages.plan(cell, given, store)
+    stages.reconstruct(cell, made, store)
+    return given, made
 
 
 def run(cell: Cell, store: Store) -> None:
@@ -29,17 +42,23 @@ def run(cell: Cell, store: Store) -> None:
     given = made = None
     errors: dict[str, str] = {}
     with scoring.noting(errors, cell.tasks):
-        given = stages.statistics(cell, store)
-        made = stages.plan(cell, given, store)
-        stages.reconstruct(cell, made, store)
+        given, made = prepare(cell, store)
         missing = [task for task in cell.tasks if not scoring.scored(cell, made, task, store)]
         if missing:
-            with scoring.noting(errors, missing), scoring.serving(cell, made, store) as served:
+            with scoring.noting(errors, missing), scoring.serving(cell, made, store) as serving:
                 for task in missing:
                     with scoring.noting(errors, [task]):
-                        scoring.score(cell, made, task, served, store)
+                        scoring.score(cell, made, task, serving, store)
     for task in cell.tasks:
         scoring.record(cell, given, made, task, errors.get(task.name), store)
+
+
+def prepare_all(sweep: Sweep) -> None:
+    """Plan every cell before the first engine takes the memory. What fails here fails again in its cell, for good."""
+    for cell in sweep.cells:
+        if not all(scoring.is_done(cell, task, sweep.store) for task in cell.tasks):
+            with contextlib.suppress(Exception):
+                prepare(replace(cell, collect=frozenset(sweep.extras)), sweep.store)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -54,6 +73,7 @@ def main() -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would fill a log file
     sweep, arguments = checked(sys.argv[1:])
     sys.argv[1:] = arguments
+    prepare_all(sweep)
     run_config()
     return report.show(sweep)
 

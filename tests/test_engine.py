@@ -1,8 +1,8 @@
-"""Plans served straight from the original checkpoint by the real vLLM: equal to exported checkpoints and to transformers."""
+"""Plans served from the original checkpoint by the real vLLM: equal to exported checkpoints and to transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from harness import checkpoint, serve
 from harness import plan as plans
 from harness.blocks import compress_block, moe_blocks
-from harness.errors import StageError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.serve import Served, Weights
