@@ -21,7 +21,7 @@ from harness.errors import StageError
 class Host:
     """The process our servers are forked from (see ``harness/vllm_host.py``), from this side."""
 
-    def __init__(self, environment: Mapping[str, str], log: Path, deadline: float):
+    def __init__(self, environment: Mapping[str, str], log: Path, deadline: float) -> None:
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(Path(__file__).with_name("vllm_host.py"))],

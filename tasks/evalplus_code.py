@@ -152,17 +152,39 @@ def judge(
 ) -> dict[str, dict[str, str]]:
     """Verdicts of programs by task_id: solution, base and plus. See ``tasks/evalplus_judge.py``.
 
+    A program that was judged in this process before is not run again, unless it was out of time or killed: models that
+    lost little write much the same.
+
     Raises StageError if the judge fails, takes longer than ``timeout_s`` or leaves a program without a verdict.
     """
+    about = (dataset, hashlib.sha256(problems.read_bytes()).hexdigest(), memory_gib)
+    known = {
+        task_id: _judged[*about, task_id, code]
+        for task_id, code in programs.items()
+        if (*about, task_id, code) in _judged
+    }
+    new = {task_id: code for task_id, code in programs.items() if task_id not in known}
+    verdicts = known | _run(dataset, problems, new, workdir, memory_gib, timeout_s)
+    if missing := programs.keys() - verdicts.keys():
+        raise StageError(f"The judge gave no verdict on {len(missing)} of {len(programs)} programs: {sorted(missing)}")
+    for task_id, code in new.items():
+        if {verdicts[task_id]["base"], verdicts[task_id]["plus"]} <= {"pass", "fail"}:
+            _judged[*about, task_id, code] = verdicts[task_id]
+    return verdicts
+
+
+_judged: dict[tuple[str, str, int, str, str], dict[str, str]] = {}
+
+
+def _run(
+    dataset: str, problems: Path, programs: Mapping[str, str], workdir: Path, memory_gib: int, timeout_s: float
+) -> dict[str, dict[str, str]]:
     job = workdir / "programs.jsonl"
     job.write_text("".join(json.dumps({"task_id": task_id, "code": code}) + "\n" for task_id, code in programs.items()))
     done = _run_judge([dataset, str(problems.resolve()), str(job.resolve())], memory_gib, timeout_s)
     if done.returncode != 0:
         raise StageError(f"The judge of generated programs failed: {done.stderr[-2000:]}")
-    verdicts = {row.pop("task_id"): row for row in map(json.loads, done.stdout.splitlines())}
-    if missing := programs.keys() - verdicts.keys():
-        raise StageError(f"The judge gave no verdict on {len(missing)} of {len(programs)} programs: {sorted(missing)}")
-    return verdicts
+    return {row.pop("task_id"): row for row in map(json.loads, done.stdout.splitlines())}
 
 
 def check_sandbox(name: str) -> None:
