@@ -20,7 +20,7 @@ from tasks import LLM
 class Engine:
     """llm: where it answers. log: its output. plan: digest of the plan its weights are; None for the folder as it is.
 
-    masked: whether routers are barred from experts that are there.
+    masked: whether routers are barred from experts that are there. is_new: whether nothing was done with it yet.
     """
 
     def __init__(self, llm: LLM, log: Path, exit_status: Callable[[], int | None], timeout_s: float) -> None:
@@ -28,6 +28,7 @@ class Engine:
         self.log = log
         self.plan: str | None = None
         self.masked = False
+        self.is_new = True
         self._exit_status = exit_status
         self._timeout_s = timeout_s
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import httpx
+import numpy as np
 
 from harness.errors import StageError
 from tasks import LLM
@@ -29,10 +31,10 @@ def served_length(url: str, model: str) -> int:
     return int(cards[model].get("max_model_len") or 2048)
 
 
-def probe(llm: LLM) -> int:
-    """Score and continue a short text; returns its length in the server's tokens.
+def probe(llm: LLM) -> list[float]:
+    """Score and continue a short text; returns the log-probability of each of its tokens but the first, in nats.
 
-    Raises StageError unless every log-probability is finite.
+    Raises StageError unless all are finite.
 
     A model whose logits are NaN otherwise looks fine: it generates, and lm-eval gives it perfect accuracies.
     """
@@ -51,16 +53,36 @@ def probe(llm: LLM) -> int:
         raise StageError(f"The server at {llm.url} gives no log-probabilities of the prompt (logprobs, echo).")
     if not all(value is not None and math.isfinite(value) for value in values[1:]):
         raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
-    return int(response.json()["usage"]["prompt_tokens"])
+    return values[1 : int(response.json()["usage"]["prompt_tokens"])]
 
 
-def check_tokenizer(llm: LLM, prompt_tokens: int) -> None:
-    """Raise StageError if the server splits the probe into another number of tokens than our tokenizer does."""
+def compare(llm: LLM, found: Sequence[float], expected: Sequence[float], tolerance: float) -> float:
+    """Mean difference from the log-probabilities that transformers gives the same text, in nats per token.
+
+    Raises StageError if it is larger than ``tolerance``, or the server splits the text otherwise.
+    """
+    check_tokenizer(llm, len(expected) + 1, len(found) + 1)
+    difference = float(np.abs(np.subtract(found, expected)).mean())
+    if difference > tolerance:
+        raise StageError(
+            f"{llm.model} is not the model it should be: its log-probabilities of a known text are {difference:.4f} "
+            f"nats per token from those of transformers, and {tolerance} are allowed. Either this build of the server "
+            "computes the architecture otherwise, or other weights are served."
+        )
+    return difference
+
+
+def probe_tokens(tokenizer: str) -> list[int]:
+    """The probe in the tokens of this folder's (or hub repository's) tokenizer."""
     from transformers import AutoTokenizer
 
-    ours = len(AutoTokenizer.from_pretrained(llm.tokenizer)(PROBE)["input_ids"])
-    if ours != prompt_tokens:
+    return list(AutoTokenizer.from_pretrained(tokenizer)(PROBE)["input_ids"])
+
+
+def check_tokenizer(llm: LLM, ours: int, theirs: int) -> None:
+    """Raise StageError if the server splits the probe into another number of tokens than our tokenizer does."""
+    if ours != theirs:
         raise StageError(
             f"{llm.model} at {llm.url} has another tokenizer than {llm.tokenizer}: a text of {ours} tokens has "
-            f"{prompt_tokens} there. Name the model it serves (model.path, model.name) or serve.tokenizer."
+            f"{theirs} there. Name the model it serves (model.path, model.name) or serve.tokenizer."
         )

@@ -32,6 +32,7 @@ def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
     given = stages.statistics(cell, store)
     made = stages.plan(cell, given, store)
     stages.reconstruct(cell, made, store)
+    stages.reference(cell, made, store)
     return given, made
 
 

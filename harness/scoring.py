@@ -66,11 +66,12 @@ def give_back_memory() -> None:
 
 @contextmanager
 def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> Iterator[Weights]:
+    expected = stages.reference(cell, made, store)
     if cell.serve.reads_plans:
-        yield Weights(cell.model.folder, made, stages.plan_file(cell, store))
+        yield Weights(cell.model.folder, made, stages.plan_file(cell, store), expected)
         return
     if made.is_identity:
-        yield Weights(cell.model.folder)
+        yield Weights(cell.model.folder, expected=expected)
         return
     name = key(model=cell.model.digest, plan=made.digest)
 
@@ -87,7 +88,7 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
         seconds["export"] = time.perf_counter() - start
         say("export", name, f"{seconds['export']:.1f} s")
         try:
-            yield Weights(folder)
+            yield Weights(folder, expected=expected)
         finally:
             if not cell.keep_checkpoints:
                 remove(folder)
@@ -121,7 +122,7 @@ def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) ->
         "seconds": seconds,
         "task_identity": dict(task.identity()),
         "served_by": dict(cell.serve.identity()),
-        "served": {"how": serving.served.how, "weight_bytes": serving.served.weight_bytes},
+        "served": {name: getattr(serving.served, name) for name in ("how", "weight_bytes", "difference")},
         "provenance": provenance(),
     }
     store.write_json("scores", name, document)

@@ -29,7 +29,7 @@ from harness.errors import StageError, UserError
 from harness.host import Host, failure
 from harness.models import Model
 from harness.plan import Plan
-from harness.probe import check_tokenizer, probe, served_length
+from harness.probe import check_tokenizer, compare, probe, probe_tokens, served_length
 from harness.store import say
 from tasks import LLM
 
@@ -37,17 +37,24 @@ GIB = 2**30
 OVERHEAD_GIB = 3  # a server's own memory beside weights and cache: 2 GiB were measured
 SECRETS = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Mean difference from transformers in float32 that is allowed, in nats per token. Served in float32 it is 0.00001; in
+# 16 bits up to 0.08 on the embedded model, whose router then chooses otherwise here and there.
+EXACT_NATS, ROUNDED_NATS = 0.001, 0.25
 HOW = ("checkpoint", "plan", "swap", "mask")
 MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM allows 4 unless told otherwise
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What to serve: the checkpoint in ``folder``, under ``plan`` (which ``file`` holds) or, without one, as it is."""
+    """What to serve: the checkpoint in ``folder``, under ``plan`` (which ``file`` holds) or, without one, as it is.
+
+    expected: log-probabilities of the probe under it (``harness/reference.py``), where they are known.
+    """
 
     folder: Path
     plan: Plan | None = None
     file: Path | None = None
+    expected: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,14 @@ class Served:
 
     how: ``checkpoint`` (a folder as it is), ``plan`` (an engine started on a plan), ``swap`` (a running engine turned
     to the plan), ``mask`` (a running engine whose routers are barred from dropped experts), ``external server``.
-    weight_bytes: memory of the weights; None where it is not the plan's (mask) or not known.
+    weight_bytes: memory of the weights; None where it is not the plan's (mask) or not known. difference: of the probe's
+    log-probabilities from the expected ones, mean in nats; None where these are not known.
     """
 
     llm: LLM
     how: str
     weight_bytes: int | None = None
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,18 +184,18 @@ class VLLM:
         if weights.plan is None or self.how == "plan":
             with self._started(weights, name, log) as engine:
                 how = "checkpoint" if weights.plan is None else "plan"
-                yield Served(engine.llm, how, engine.weight_bytes())
+                yield Served(engine.llm, how, engine.weight_bytes(), self._probe(engine, weights))
             return
-        engine, how = self._turned(weights, name, log)
+        served = self._turned(weights, name, log)
         try:
-            yield Served(engine.llm, how, None if how == "mask" else engine.weight_bytes())
+            yield served
         except BaseException:
             release()
             raise
 
     @contextmanager
     def _started(self, weights: Weights, name: str, log: Path) -> Iterator[Engine]:
-        """A new engine for the weights, probed; ended on leaving."""
+        """A new engine for the weights; ended on leaving."""
         deadline = time.monotonic() + self.startup_timeout_s
         log.write_bytes(b"")
         port = free_port()
@@ -198,17 +207,14 @@ class VLLM:
             engine = Engine(llm, log, exit_status, self.startup_timeout_s)
             if weights.plan is not None:
                 engine.plan = weights.plan.digest
-            self._probe(engine)
             yield engine
 
-    def _turned(self, weights: Weights, name: str, log: Path) -> tuple[Engine, str]:
+    def _turned(self, weights: Weights, name: str, log: Path) -> Served:
         """The kept engine, turned to the plan; a new one if there is none, or if turning it did not work."""
         global _kept
         if _kept is not None and _kept.fits(self, weights.folder):
             try:
-                how = self._turn(_kept.engine, weights)
-                self._probe(_kept.engine)
-                return _kept.engine, how
+                return self._turn(_kept.engine, weights)
             except StageError as problem:
                 say("serve", name, f"a new engine is started: {str(problem).splitlines()[0]}")
         release()
@@ -216,19 +222,28 @@ class VLLM:
             first = Weights(weights.folder) if self._masks(weights) else weights
             engine = running.enter_context(self._started(first, name, log))
             _kept = _Kept(self, weights.folder, engine, running.pop_all())
-        if self._masks(weights):
-            return engine, self._turn(engine, weights)
-        return engine, "plan"
+        return self._turn(engine, weights)
 
-    def _turn(self, engine: Engine, weights: Weights) -> str:
+    def _turn(self, engine: Engine, weights: Weights) -> Served:
+        """Make a running engine serve the plan, and probe it. Raises StageError; then it is ended: it is not sound."""
         assert weights.plan and weights.file
-        if self._masks(weights):
-            if engine.plan is not None:
-                engine.unswap()
-            engine.mask(weights.file)
-            return "mask"
-        engine.swap(weights.plan, weights.file)
-        return "swap"
+        size = None
+        try:
+            if self._masks(weights):
+                if engine.plan is not None:
+                    engine.unswap()
+                engine.mask(weights.file)
+                how = "mask"
+            else:
+                how = "plan" if engine.is_new and engine.plan == weights.plan.digest else "swap"
+                if how == "swap":
+                    engine.swap(weights.plan, weights.file)
+                size = engine.weight_bytes()
+            engine.is_new = False
+            return Served(engine.llm, how, size, self._probe(engine, weights))
+        except StageError:
+            release()
+            raise
 
     def _masks(self, weights: Weights) -> bool:
         """Whether closing experts does what the plan does: not if it merges, or if dropping some changes the groups
@@ -238,9 +253,12 @@ class VLLM:
         groups = Model("", str(weights.folder)).config.get("n_group") or 1
         return self.how == "mask" and weights.plan.only_prunes and int(groups) == 1
 
-    def _probe(self, engine: Engine) -> None:
+    def _probe(self, engine: Engine, weights: Weights) -> float | None:
+        """Difference from the expected log-probabilities. Raises StageError if it is too large or one is not finite."""
         try:
-            probe(engine.llm)
+            found = probe(engine.llm)
+            exact = self.dtype == "float32"
+            return _difference(engine.llm, found, weights, EXACT_NATS if exact else ROUNDED_NATS)
         except StageError as error:
             raise StageError(f"{error}\n{failure(engine.log)}") from error
 
@@ -328,8 +346,13 @@ class Server:
         url = self.url.rstrip("/")
         tokenizer = self.tokenizer or str(weights.folder)
         llm = LLM(url, self.model, tokenizer, served_length(url, self.model))
-        check_tokenizer(llm, probe(llm))
-        yield Served(llm, "external server")
+        found = probe(llm)
+        check_tokenizer(llm, len(probe_tokens(tokenizer)), len(found) + 1)
+        yield Served(llm, "external server", difference=_difference(llm, found, weights, ROUNDED_NATS))
+
+
+def _difference(llm: LLM, found: list[float], weights: Weights, tolerance: float) -> float | None:
+    return None if weights.expected is None else compare(llm, found, weights.expected, tolerance)
 
 
 @dataclass(frozen=True)

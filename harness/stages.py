@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from harness.decide import decide, decide_in_sequence
 from harness.errors import UserError
 from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
-from harness.spec import STATS_SCHEMA, Cell, method_identity
+from harness.spec import ERRORS_SCHEMA, STATS_SCHEMA, Cell, method_identity
 from harness.stats import LayerStats, Stats
 from harness.store import Store, key, say
 from methods import SequentialMethod
@@ -167,6 +168,28 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
     ids = held_out_tokens(cell, store)
     model = cell.model.load(cell.calibration.dtype)
     return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
+
+
+def reference(cell: Cell, made: Plan, store: Store) -> tuple[float, ...] | None:
+    """Log-probabilities that the served model must give a known text; None if transformers cannot compute them here."""
+    from harness.probe import PROBE, probe_tokens
+
+    versions = {"transformers": importlib.metadata.version("transformers"), "schema": ERRORS_SCHEMA}
+    name = key(model=cell.model.digest, plan=made.digest, text=PROBE, **versions) + ".json"
+    known = store.read_json("references", name)
+    if known is not None:
+        return tuple(known["log_probs"])
+    try:
+        from harness.reference import log_probs
+
+        found = log_probs(cell.model.load("auto"), made, probe_tokens(str(cell.model.folder)))
+    except Exception as problem:  # too little memory, or a model that transformers does not know
+        say(
+            "failed", f"reference {cell.slug}", f"{type(problem).__name__}: {problem}. It is served without comparison."
+        )
+        return None
+    store.write_json("references", name, {"log_probs": found})
+    return tuple(found)
 
 
 def reconstruct(cell: Cell, made: Plan, store: Store) -> None:

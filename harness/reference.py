@@ -1,0 +1,31 @@
+"""What a served model must say: log-probabilities of a short text from transformers, the plan carried out in memory.
+
+A second implementation of the model and of the plan. Whatever the engine gets wrong (a swap that mixes plans, a kernel,
+an architecture that this build of vLLM computes otherwise) shows here before anything is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from harness.blocks import compress_block, moe_blocks
+from harness.plan import Plan
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, plan: Plan, ids: Sequence[int]) -> list[float]:
+    """Log-probability of each token but the first, given those before it, in nats, computed in float32.
+
+    model: with its weights as they are stored, so that merged experts are rounded as an export rounds them. It is
+    changed.
+    """
+    for layer, block in moe_blocks(model).items():
+        if not plan.layers[layer].is_identity:
+            compress_block(block, layer, plan.layers[layer])
+    model.float()
+    tokens = torch.tensor([list(ids)], device=model.device)
+    found = model(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return found.gather(1, tokens[0, 1:, None].to(found.device))[:, 0].tolist()
