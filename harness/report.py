@@ -42,11 +42,19 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
         **{f"size_{name}": value for name, value in size.items()},
         **{f"original_{name}": value for name, value in original.items()},
         **{f"seconds_{name}": value for name, value in found.get("seconds", {}).items()},
+        **_served(found.get("served", {})),
         **{f"count_{name}": value for name, value in found.get("counts", {}).items()},
         **_made_by(found.get("provenance", {})),
     }
     metrics = found.get("metrics") or {None: {}}
     return [{**about, "metric": name, **metric} for name, metric in metrics.items()]
+
+
+def _served(served: Mapping[str, Any]) -> dict[str, Any]:
+    """How the plan was served and how fast; nothing of what its record leaves open."""
+    speed = served.get("throughput") or {}
+    flat = {**{name: served.get(name) for name in ("how", "weight_bytes", "difference")}, **speed}
+    return {f"served_{name}": value for name, value in flat.items()}
 
 
 def _errors(found: Mapping[str, Any] | None) -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoint, stages
+from harness import checkpoint, stages, throughput
 from harness.errors import StageError, UserError
 from harness.plan import Plan
 from harness.provenance import provenance
@@ -111,8 +111,11 @@ def score(cell: Cell, made: Plan, task: Task, serving: Serving, store: Store) ->
 
 def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) -> None:
     start = time.perf_counter()
+    served = serving.served
+    before = throughput.counters(served.llm.url)
     with tempfile.TemporaryDirectory(prefix="score-") as work:
-        found = task.score(serving.served.llm, Path(work))
+        found = task.score(served.llm, Path(work))
+    speed = throughput.between(before, throughput.counters(served.llm.url), found.answering_s)
     seconds = {**serving.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
     store.put("samples", _samples_name(name), lambda path: _write_samples(path, found.samples))
@@ -122,7 +125,10 @@ def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) ->
         "seconds": seconds,
         "task_identity": dict(task.identity()),
         "served_by": dict(cell.serve.identity()),
-        "served": {name: getattr(serving.served, name) for name in ("how", "weight_bytes", "difference")},
+        "served": {
+            **{name: getattr(served, name) for name in ("how", "weight_bytes", "difference")},
+            "throughput": None if served.how == "mask" else speed,  # all experts are still there
+        },
         "provenance": provenance(),
     }
     store.write_json("scores", name, document)

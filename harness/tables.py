@@ -14,6 +14,8 @@ from harness.spec import CALIBRATED, Row
 
 NOT_RUN, FAILED = "—", "✗"
 CELL = list(Row._fields)
+SPEED = ("prompt_tokens", "generated_tokens", "seconds")
+DEGENERATE = ("empty", "length_capped", "looping")
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -113,6 +115,39 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def serving(tidy: pd.DataFrame) -> pd.DataFrame:
+    """How each row was served, in what memory and how fast, and how many answers of all its tasks are degenerate (of
+    one seed). Rows whose routers were only masked have neither size nor speed.
+    """
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, group in by_row(tidy):
+        done = group[group["status"] == "done"]
+        first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
+        rows[name] = _serving(first)
+    return _table(tidy, rows).fillna(NOT_RUN)
+
+
+def _serving(rows: pd.DataFrame) -> dict[str, str]:
+    if rows.empty or "served_how" not in rows:
+        return {}
+    measured = rows.reindex(columns=[f"served_{name}" for name in SPEED]).sum(min_count=1)
+    tokens, generated, seconds = measured
+    first = rows["served_first_token_s"].mean() if "served_first_token_s" in rows else math.nan
+    counts = {name: rows[f"count_{name}"].sum() for name in DEGENERATE if f"count_{name}" in rows}
+    return {
+        "served by": ", ".join(dict.fromkeys(rows["served_how"].dropna())),
+        "MB in memory": _number(rows["served_weight_bytes"].iloc[0], 1e-6, ".2f"),
+        "tokens/s": _number((tokens + generated) / seconds, 1, ".0f"),
+        "generated/s": _number(generated / seconds, 1, ".0f"),
+        "first token ms": _number(first, 1e3, ".0f"),
+        **{name.replace("_", " "): f"{value:.0f}" for name, value in counts.items()},
+    }
+
+
+def _number(value: float | None, factor: float, form: str) -> str:
+    return NOT_RUN if value is None or math.isnan(value) else f"{value * factor:{form}}"
+
+
 def errors(tidy: pd.DataFrame) -> pd.DataFrame:
     """Reconstruction error of each compressed row: the mean over layers, and each layer's own; of seeds, their mean."""
     layers = [str(column) for column in tidy if str(column).startswith("reconstruction_layer_")]
@@ -132,7 +167,7 @@ def all_of(tidy: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables of a sweep by what they show: a row for every cell or, of many ratios, a column for every ratio."""
     shown, wrong = scores(tidy), errors(tidy)
     if not is_by_ratio(tidy):
-        made = {"scores": shown, "costs": costs(tidy), "errors": wrong}
+        made = {"scores": shown, "costs": costs(tidy), "serving": serving(tidy), "errors": wrong}
         return {name: table for name, table in made.items() if len(table)}
     whole = shown[shown.index.get_level_values("ratio") == "0"]
     columns = {str(title): shown[title].drop(whole.index) for title in shown}

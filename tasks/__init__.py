@@ -44,11 +44,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """What one task found: its metrics, one row per item (JSON values only) and counts of degenerate outputs."""
+    """What one task found: its metrics, one row per item (JSON values only) and counts of degenerate outputs.
+
+    answering_s: wall time from the first request to the last answer, in seconds.
+    """
 
     metrics: Mapping[str, Metric]
     samples: Sequence[Mapping[str, Any]]
     counts: Mapping[str, int] = field(default_factory=dict)
+    answering_s: float = 0.0
 
 
 class Task(Protocol):

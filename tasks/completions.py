@@ -13,6 +13,7 @@ from harness.errors import StageError
 from tasks import LLM
 
 ATTEMPTS = 3
+LOOP_TIMES, LOOP_CHARACTERS = 4, 40  # an end that is one piece this many times over, and at least so long
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,24 @@ def complete(
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [_cut(completion, stop) for completion in found]
+
+
+def degenerate(completions: Sequence[Completion]) -> dict[str, int]:
+    """How many are empty, were cut at their limit, and end in a loop."""
+    return {
+        "empty": sum(not completion.text.strip() for completion in completions),
+        "length_capped": sum(completion.finish_reason == "length" for completion in completions),
+        "looping": sum(is_looping(completion.text) for completion in completions),
+    }
+
+
+def is_looping(text: str) -> bool:
+    """Whether the text ends in one piece again and again."""
+    for size in range(1, len(text) // LOOP_TIMES + 1):
+        times = max(LOOP_TIMES, -(-LOOP_CHARACTERS // size))
+        if len(text) >= size * times and text.endswith(text[-size:] * times):
+            return True
+    return False
 
 
 def _likeliest(stop: Sequence[str], count: int) -> list[str]:

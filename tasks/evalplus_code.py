@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from typing import Any
 
 from harness.errors import StageError, UserError
 from tasks import LLM, Metric, Score
-from tasks.completions import Completion, complete
+from tasks.completions import Completion, complete, degenerate
 from tasks.evalplus_judge import SANDBOX
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,7 @@ class EvalPlus:
         """Complete and judge every problem. Raises StageError if a completion or a verdict is missing."""
         problems = self._problems()
         prompts = [problem["prompt"].strip() + "\n" for problem in problems]
+        start = time.perf_counter()
         completions = complete(
             llm,
             prompts,
@@ -95,6 +97,7 @@ class EvalPlus:
             stop=_stop_sequences(self.dataset),
             timeout_s=self.request_timeout_s,
         )
+        answering_s = time.perf_counter() - start
         texts = [completion.text.replace("\t", "    ") for completion in completions]  # as EvalPlus's decoders do
         programs = {
             problem["task_id"]: prompt + text for problem, prompt, text in zip(problems, prompts, texts, strict=True)
@@ -104,7 +107,8 @@ class EvalPlus:
             _sample(problem, completion, verdicts[problem["task_id"]])
             for problem, completion in zip(problems, completions, strict=True)
         ]
-        return Score(_metrics(samples), samples, _counts(samples))
+        counts = {**degenerate(completions), **_ends(samples)}
+        return Score(_metrics(samples), samples, counts, answering_s)
 
     @cached_property
     def _path(self) -> Path:
@@ -269,10 +273,9 @@ def _share(passed: Sequence[bool]) -> Metric:
     return Metric(share, math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0, n)
 
 
-def _counts(samples: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _ends(samples: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Programs that did not come to an end of their own."""
     return {
-        "empty": sum(not sample["completion"].strip() for sample in samples),
-        "length_capped": sum(sample["finish_reason"] == "length" for sample in samples),
         "timeout": sum("timeout" in (sample["base_status"], sample["plus_status"]) for sample in samples),
         "killed": sum(sample["base_status"] == "killed" for sample in samples),
     }

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import statistics
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from unittest.mock import patch
 
 from harness.errors import StageError, UserError
 from tasks import LLM, Metric, Score
+from tasks.completions import is_looping
 from tasks.lm_task import ROOT, TaskFile, task_paths
 
 SEED = 1234
@@ -97,7 +99,7 @@ class LmEval:
                 )
         except Exception as error:
             raise StageError(f"{self.name}: lm-eval failed: {type(error).__name__}: {error}") from error
-        return self._checked(found, getattr(model, "capped", 0))
+        return self._checked(found, getattr(model, "capped", 0), getattr(model, "answering_s", 0.0))
 
     @cached_property
     def _files(self) -> list[TaskFile]:
@@ -107,7 +109,7 @@ class LmEval:
             for path in task_paths(self.name, self.task_file)
         ]
 
-    def _checked(self, found: Any, capped: int) -> Score:
+    def _checked(self, found: Any, capped: int, answering_s: float) -> Score:
         for file in self._files:
             self._check_complete(file, found)
         samples = [{**sample, "task": task} for task, rows in found["samples"].items() for sample in rows]
@@ -120,7 +122,7 @@ class LmEval:
             if missing := set(self.metrics) - set(metrics):
                 raise StageError(f"{self.name} gave no {', '.join(sorted(missing))}, only {', '.join(metrics)}.")
             metrics = {name: metrics[name] for name in self.metrics}
-        return Score(metrics, [_row(sample) for sample in samples], _counts(by_filter, capped))
+        return Score(metrics, [_row(sample) for sample in samples], _counts(by_filter, capped), answering_s)
 
     def _check_complete(self, file: TaskFile, found: Any) -> None:
         """Raise StageError unless every item was scored, once by each filter."""
@@ -150,11 +152,28 @@ def _without_detours() -> Iterator[None]:
 
 
 def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
-    """lm-eval's own client for OpenAI-compatible servers, which also counts the generations cut at their limit."""
+    """lm-eval's own client for OpenAI-compatible servers, which also counts the generations cut at their limit and
+    times the requests.
+    """
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     class Client(LocalCompletionsAPI):
         capped = 0
+        answering_s = 0.0
+
+        def generate_until(self, *arguments: Any, **named: Any) -> list[str]:
+            with self._timed():
+                return super().generate_until(*arguments, **named)
+
+        def _loglikelihood_tokens(self, *arguments: Any, **named: Any) -> list[tuple[float, bool]]:
+            with self._timed():
+                return super()._loglikelihood_tokens(*arguments, **named)
+
+        @contextmanager
+        def _timed(self) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            self.answering_s += time.perf_counter() - start
 
         def parse_generations(self, outputs: Any, **arguments: Any) -> list[str]:
             replies = outputs if isinstance(outputs, list) else [outputs]
@@ -229,7 +248,13 @@ def _counts(by_filter: Mapping[str, Sequence[Mapping[str, Any]]], capped: int) -
     """Degenerate outputs of tasks that generate."""
     rows = next(iter(by_filter.values()))
     texts = [text for row in rows for texts in row["resps"] for text in texts if isinstance(text, str)]
-    return {"empty": sum(not text.strip() for text in texts), "length_capped": capped} if texts else {}
+    if not texts:
+        return {}
+    return {
+        "empty": sum(not text.strip() for text in texts),
+        "length_capped": capped,
+        "looping": sum(map(is_looping, texts)),
+    }
 
 
 def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
