@@ -77,12 +77,12 @@ def await_health(url: str, exit_status: Callable[[], int | None], deadline: floa
     while time.monotonic() < deadline:
         status = exit_status()
         if status is not None:
-            raise StageError(f"vLLM ended with status {status} while starting. {failure(log)}")
+            raise StageError(f"The server ended with status {status} while starting. {failure(log)}")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
                 return
         time.sleep(0.1)
-    raise StageError(f"vLLM was not up within serve.startup_timeout_s. {failure(log)}")
+    raise StageError(f"The server was not up within serve.startup_timeout_s. {failure(log)}")
 
 
 def free_port() -> int:

@@ -31,6 +31,7 @@ from harness.models import Model
 from harness.plan import Plan
 from harness.probe import check_tokenizer, compare, probe, probe_tokens, served_length
 from harness.store import say
+from harness.vllm_limits import check_cpu
 from tasks import LLM
 
 GIB = 2**30
@@ -157,6 +158,11 @@ class VLLM:
         """Whether a plan is served from the original files; else from a checkpoint made for it."""
         return self.how != "checkpoint"
 
+    def check_model(self, model: Model) -> None:
+        """Raise UserError if this build of vLLM is known to get the model wrong."""
+        if _is_cpu_build():
+            check_cpu(model)
+
     def check_plan(self, model: Model, plan: Plan) -> None:
         """Raise UserError if the plan cannot be served so."""
         if not self.reads_plans:
@@ -271,7 +277,7 @@ class VLLM:
         return _hosts[settings]
 
     def _arguments(self, weights: Weights, name: str) -> list[str]:
-        length = min(self.max_model_len, _longest(weights.folder, self.max_model_len))
+        length = min(self.max_model_len, longest(weights.folder, self.max_model_len))
         by_plan = ("--load-format", "plan", "--model-loader-extra-config", json.dumps({"plan": str(weights.file)}))
         return [
             *(by_plan if weights.plan else ()),
@@ -286,20 +292,16 @@ class VLLM:
         ]
 
     def _environment(self) -> dict[str, str]:
-        """Ours without secrets, offline, and with what vLLM reads only from there."""
-        kept = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
+        """A child's, with what vLLM reads only from there."""
         threads = max(1, (os.cpu_count() or 1) - 1)  # one core is left to the HTTP server and the client
         return {
             "OMP_NUM_THREADS": str(threads),
-            **kept,
+            **child_environment(),
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gib),
             # vLLM compiles a few sampling functions even in eager mode: half a minute for the first request.
             "TORCHDYNAMO_DISABLE": "1" if self.enforce_eager else "0",
             "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS),
             "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, at an address that only this machine reaches
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }
@@ -328,6 +330,9 @@ class Server:
             raise UserError(f"serve.url={self.url}, serve.model={self.model}: {error}") from error
 
     reads_plans = False
+
+    def check_model(self, model: Model) -> None:
+        """It serves what it serves; its log-probabilities are compared."""
 
     def check_plan(self, model: Model, plan: Plan) -> None:
         """Nothing to check: the cell was (``Cell.check``)."""
@@ -383,7 +388,13 @@ def release() -> None:
             ending.running.close()
 
 
-def _longest(folder: Path, default: int) -> int:
+def child_environment() -> dict[str, str]:
+    """Ours without secrets, and offline."""
+    kept = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
+    return {**kept, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def longest(folder: Path, default: int) -> int:
     """``max_position_embeddings`` of the checkpoint."""
     try:
         config = json.loads((folder / "config.json").read_text())

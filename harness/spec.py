@@ -24,6 +24,7 @@ from harness import budget, checkpoint
 from harness.build import CONF, build, one_message, shared
 from harness.data import Calibration
 from harness.errors import UserError
+from harness.hf import Transformers
 from harness.models import Model
 from harness.serve import VLLM, Server
 from harness.stats import EXTRAS, MEASURES, ROUTED, WEIGHTS
@@ -63,7 +64,7 @@ class Cell:
     ratio: float
     seed: int
     tasks: tuple[Task, ...]
-    serve: VLLM | Server
+    serve: VLLM | Transformers | Server
     routing: str = "actual"
     collect: frozenset[str] = frozenset()
     keep_checkpoints: bool = False
@@ -173,6 +174,7 @@ class Cell:
         if self.method.aligns:
             checkpoint.check_alignable(self.model)
         self.model.check_tokenizer()
+        self.serve.check_model(self.model)
         if not self.tasks:
             raise UserError("The suite has no tasks, so there is nothing to score. Choose one of conf/suite/.")
         if self.compresses and isinstance(self.serve, Server):

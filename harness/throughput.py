@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import httpx
 
 COUNTERS = {
-    "prompt_tokens": "vllm:prompt_tokens_total",
-    "generated_tokens": "vllm:generation_tokens_total",
-    "first_tokens": "vllm:time_to_first_token_seconds_count",
-    "first_token_seconds": "vllm:time_to_first_token_seconds_sum",
+    "prompt_tokens": "prompt_tokens_total",
+    "generated_tokens": "generation_tokens_total",
+    "first_tokens": "time_to_first_token_seconds_count",
+    "first_token_seconds": "time_to_first_token_seconds_sum",
 }
 
 
@@ -28,7 +28,7 @@ def counters(url: str) -> dict[str, float] | None:
 
 def _total(text: str, metric: str) -> float | None:
     """The sum over all engines behind the server."""
-    values = re.findall(rf"^{re.escape(metric)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+    values = re.findall(rf"^\w+:{re.escape(metric)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
     return sum(map(float, values)) if values else None
 
 

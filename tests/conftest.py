@@ -20,8 +20,12 @@ EXPERTS, TOP_K, HIDDEN = 8, 2, 32
 
 def vllm(**changes: object) -> VLLM:
     """vLLM as conf/serve/vllm.yaml sets it up, with these changes."""
-    settings = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "serve" / "vllm.yaml"))
-    return build("serve", {**settings, **changes})
+    return build("serve", {**conf("serve/vllm.yaml"), **changes})
+
+
+def conf(file: str) -> dict[str, object]:
+    """A file of conf/ as it stands."""
+    return dict(OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / file)))
 
 
 def needs_shared(path: str) -> Path:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from harness import checkpoint, serve
+from harness import checkpoint, serve, throughput, vllm_limits
 from harness import plan as plans
 from harness.blocks import compress_block, moe_blocks
+from harness.build import build
+from harness.errors import StageError, UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
+from harness.probe import probe_tokens
+from harness.reference import log_probs as log_probs_of
 from harness.serve import Served, Weights
 from tasks import LLM
-from tests.conftest import vllm
+from tasks.completions import complete
+from tests.conftest import conf, vllm
+from tests.test_serve import server_processes, wait_until_gone
 from tests.tiny_checkpoint import EXPERTS, FAMILIES, write_checkpoint
 
 TEXT = "def add(a, b):\n    return a + b\n\nThe quick brown fox jumps over 13 lazy dogs; 17 + 25 = 42."
@@ -124,3 +134,116 @@ def test_exported_checkpoints_are_the_same_model(family: Family) -> None:
         with engine("checkpoint").serve(Weights(out), "tiny", family.folder / "log") as served:
             assert difference(served, family.expected(name)) < CLOSE, name
             assert served.how == "checkpoint"
+
+
+def test_transformers_serves_the_same_numbers_by_the_same_contract(tmp_path: Path) -> None:
+    """Plans in memory; greedy completions with stop sequences as vLLM's, batched or alone."""
+    model = Model("qwen3_moe", str(write_checkpoint(tmp_path / "model")))
+    family = Family("qwen3_moe", model, some_plans(model.experts), tmp_path)
+    prompts = ["The quick brown fox", "def add(a, b):\n", "17 + 25 = ", "x"]
+    settings = {"max_tokens": 24, "stop": [], "timeout_s": 60.0}
+    hf = build("serve", {**conf("serve/hf.yaml"), "dtype": "float32", "max_model_len": 256})
+    for name in ("mixed", "merged"):
+        with engine("swap").serve(family.weights(name), "tiny", tmp_path / "log") as served:
+            expected = complete(served.llm, prompts, **settings)
+        stop = [expected[0].text[5:8]]
+        with hf.serve(family.weights(name), "tiny", tmp_path / "hf") as served:
+            assert served.how == "transformers" and served.weight_bytes
+            assert difference(served, family.expected(name)) < CLOSE
+            assert complete(served.llm, prompts, **settings) == expected
+            (cut,) = complete(served.llm, prompts[:1], **{**settings, "stop": stop})
+            assert (cut.text, cut.finish_reason) == (expected[0].text[: expected[0].text.index(stop[0])], "stop")
+            before = throughput.counters(served.llm.url)
+            complete(served.llm, prompts, **settings)
+            speed = throughput.between(before, throughput.counters(served.llm.url), 1.0)
+            assert speed is not None and speed["generated_tokens"] == 4 * 24
+            url = served.llm.url
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health", trust_env=False)
+    serve.release()
+
+
+def test_other_weights_than_asked_for_are_noticed(tmp_path: Path) -> None:
+    """A swap that leaves the wrong weights behind is refused, and the next plan gets a new engine."""
+    model = Model("qwen3_moe", str(write_checkpoint(tmp_path / "model")))
+    family = Family("qwen3_moe", model, some_plans(model.experts), tmp_path)
+    right = replace(family.weights("pruned"), expected=reference_of(family, "pruned"))
+    wrong = replace(family.weights("merged"), expected=reference_of(family, "pruned"))
+    with engine("swap").serve(right, "tiny", tmp_path / "log") as served:
+        first = served.llm.url
+        assert served.difference is not None and served.difference < 1e-5
+    with pytest.raises(StageError, match="not the model it should be"):
+        with engine("swap").serve(wrong, "tiny", tmp_path / "log"):
+            pass
+    with engine("swap").serve(right, "tiny", tmp_path / "log") as served:
+        assert served.llm.url != first and served.how == "plan"
+    serve.release()
+
+
+def test_an_engine_that_dies_between_plans_is_replaced(tmp_path: Path) -> None:
+    model = Model("qwen3_moe", str(write_checkpoint(tmp_path / "model")))
+    family = Family("qwen3_moe", model, some_plans(model.experts), tmp_path)
+    with engine("swap").serve(family.weights("pruned"), "tiny", tmp_path / "log") as served:
+        port = urlsplit(served.llm.url).port
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections()):
+                process.kill()
+    with engine("swap").serve(family.weights("merged"), "tiny", tmp_path / "log") as served:
+        assert difference(served, family.expected("merged")) < CLOSE
+    serve.release()
+    assert not wait_until_gone(server_processes(), 5)
+
+
+def reference_of(family: Family, plan: str) -> tuple[float, ...]:
+    ids = probe_tokens(str(family.model.folder))
+    return tuple(log_probs_of(family.model.load("auto"), family.plans[plan], ids))
+
+
+def test_what_this_build_gets_wrong_is_refused_and_would_be_noticed(tmp_path: Path) -> None:
+    """ERNIE with a router bias: vLLM's CPU build leaves the bias out."""
+    if not serve._is_cpu_build():
+        pytest.skip("this is about vLLM's CPU build")
+    for name, std in (("biased", 1.0), ("plain", 0.0)):
+        folder = write_checkpoint(tmp_path / name, lambda model, std=std: bias_routers(model, std), "ernie4_5_moe")
+        model = Model(name, str(folder))
+        plan = Plan({layer: LayerPlan.identity(EXPERTS) for layer in model.experts})
+        family = Family(name, model, {"identity": plan}, tmp_path)
+        weights = replace(family.weights("identity"), expected=reference_of(family, "identity"))
+        if std:
+            with pytest.raises(UserError, match="leaves out the correction bias"):
+                engine("swap").check_model(model)
+            with pytest.raises(StageError, match="not the model it should be"):
+                with engine("plan").serve(weights, "tiny", tmp_path / "log"):
+                    pass
+        else:
+            engine("swap").check_model(model)
+            with engine("plan").serve(weights, "tiny", tmp_path / "log") as served:
+                assert served.difference is not None and served.difference < 1e-5
+
+
+def bias_routers(model: torch.nn.Module, std: float) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(tensor, std=std)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"model_type": "minimax_m2"}, "AssertionError"),
+        ({"model_type": "deepseek_v3"}, "1.7 nats"),
+        ({"head_dim": 48}, "size 48"),
+        ({"hidden_size": 72}, "multiples of 32"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "AMX"),
+    ],
+)
+def test_models_the_cpu_build_cannot_compute_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict, words: str
+) -> None:
+    folder = write_checkpoint(tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    monkeypatch.setattr(vllm_limits, "_cpu_flags", lambda: "avx512f")
+    with pytest.raises(UserError, match=words):
+        vllm_limits.check_cpu(Model("tiny", str(folder)))

@@ -111,7 +111,7 @@ def test_broken_checkpoints_fail_fast_with_the_cause(folder: Path, tmp_path: Pat
     with (cut / "model.safetensors").open("r+b") as file:
         file.truncate(50_000)
     with (
-        pytest.raises(StageError, match="^vLLM ended .*Cause: .*(S|s)afetensor"),
+        pytest.raises(StageError, match="^The server ended .*Cause: .*(S|s)afetensor"),
         SMALL.serve(Weights(cut), "x", tmp_path / "2"),
     ):
         pass

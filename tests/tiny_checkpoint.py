@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     GptOssConfig,
     GraniteMoeConfig,
@@ -50,10 +51,18 @@ def _configs() -> dict[str, Callable[..., PreTrainedConfig]]:
         ),
         "granitemoe": lambda **common: GraniteMoeConfig(**{**common, **local}),
         "gpt_oss": lambda **common: GptOssConfig(**{**common, **local}, sliding_window=64),
+        "ernie4_5_moe": lambda **common: Ernie4_5_MoeConfig(
+            **common,
+            moe_num_experts=EXPERTS,
+            moe_k=TOP_K,
+            moe_intermediate_size=32,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=0,
+        ),
     }
 
 
-FAMILIES = tuple(_configs())
+FAMILIES = tuple(family for family in _configs() if family != "ernie4_5_moe")  # served as transformers computes them
 
 
 def write_checkpoint(
