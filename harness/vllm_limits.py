@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.models import Model, role
-from harness.rewrite import FLOATS, decoded, is_bias
+from harness.rewrite import decoded, is_bias
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 WIDTH = 32
@@ -38,9 +38,8 @@ def _architecture(model: Model) -> str | None:
 def _has_router_bias(model: Model) -> bool:
     for name, tensor in model.tensors.items():
         here = role(name, tensor.shape, model.experts)
-        if here.kind == "router" and is_bias(here) and tensor.dtype in FLOATS:
-            if bool(decoded(tensor.read(), tensor.dtype).any()):
-                return True
+        if here.kind == "router" and is_bias(here) and decoded(tensor.read(), tensor.dtype).any():
+            return True
     return False
 
 

@@ -172,9 +172,9 @@ def test_other_weights_than_asked_for_are_noticed(tmp_path: Path) -> None:
     with engine("swap").serve(right, "tiny", tmp_path / "log") as served:
         first = served.llm.url
         assert served.difference is not None and served.difference < 1e-5
-    with pytest.raises(StageError, match="not the model it should be"):
-        with engine("swap").serve(wrong, "tiny", tmp_path / "log"):
-            pass
+    refused = pytest.raises(StageError, match="not the model it should be")
+    with refused, engine("swap").serve(wrong, "tiny", tmp_path / "log"):
+        pass
     with engine("swap").serve(right, "tiny", tmp_path / "log") as served:
         assert served.llm.url != first and served.how == "plan"
     serve.release()
@@ -213,9 +213,9 @@ def test_what_this_build_gets_wrong_is_refused_and_would_be_noticed(tmp_path: Pa
         if std:
             with pytest.raises(UserError, match="leaves out the correction bias"):
                 engine("swap").check_model(model)
-            with pytest.raises(StageError, match="not the model it should be"):
-                with engine("plan").serve(weights, "tiny", tmp_path / "log"):
-                    pass
+            noticed = pytest.raises(StageError, match="not the model it should be")
+            with noticed, engine("plan").serve(weights, "tiny", tmp_path / "log"):
+                pass
         else:
             engine("swap").check_model(model)
             with engine("plan").serve(weights, "tiny", tmp_path / "log") as served:

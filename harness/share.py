@@ -1,0 +1,131 @@
+"""A plan as a checkpoint to share: a normal Hugging Face folder with a model card.
+
+python -m harness.share method=reap ratio=0.5 to=<folder> [push=owner/name]
+python -m harness.share plan=<file> model=tiny to=<folder>
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import checkpoint
+from harness import plan as plans
+from harness.commandline import refuse_politely
+from harness.errors import UserError
+from harness.one_plan import OnePlan, one_plan, split
+from harness.provenance import provenance
+from harness.store import remove, say
+
+CARD, PLAN = "README.md", "plan.json"
+
+
+def share(asked: OnePlan, folder: Path) -> None:
+    """Write, check and describe the checkpoint; the folder appears when all of it is there."""
+    checkpoint.check_stock(asked.cell.model, asked.plan)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"to={folder} is there already and not empty. Name a new folder.")
+    partial = folder.with_name(f".partial-{folder.name}")
+    remove(partial)
+    try:
+        partial.mkdir(parents=True)
+        checkpoint.export(asked.cell.model, asked.plan, partial)
+        checkpoint.verify(partial, asked.cell.model)
+        if (partial / CARD).exists():
+            shutil.move(partial / CARD, partial / "README.original.md")
+        (partial / PLAN).write_text(plans.to_json(asked.plan))
+        (partial / CARD).write_text(card(asked))
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        remove(partial)
+
+
+def card(asked: OnePlan) -> str:
+    """The model card: what was done to which model, what it scores, and how to do it again."""
+    made, model = asked.plan, asked.cell.model
+    size, about = checkpoint.measure(model, made), made.provenance
+    rows = made.written_experts().values()
+    counts = f"{min(rows)}" if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
+    lines = [
+        "---",
+        *([f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []),
+        "tags: [mixture-of-experts, expert-pruning]",
+        "---",
+        "",
+        f"# {model.name}, {about.get('label', 'a plan')} at a ratio of {about.get('ratio', 0):g}",
+        "",
+        f"{len(made.layers)} MoE layers of {max(model.experts.values(), default=0)} experts each became {counts} "
+        f"router rows with {size.distinct:.4g} distinct experts on average; {model.nbytes / 1e6:.1f} MB became "
+        f"{size.bytes / 1e6:.1f} MB. Kept tensors are the original's, bit for bit. `{PLAN}` says what became of every "
+        "expert; `README.original.md`, if it is here, is the original model's card.",
+        "",
+        "## Scores",
+        "",
+        _scores(asked),
+        "",
+        "## Provenance",
+        "",
+        "```json",
+        json.dumps({**about, "original": model.digest, "plan": made.digest, "written_by": provenance()}, indent=1),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(asked: OnePlan) -> str:
+    """Those that the store holds for this cell, with n and standard error."""
+    rows = []
+    for task in asked.cell.tasks if asked.is_cells else ():
+        found = asked.store.read_json("records", asked.cell.record_name(task)) or {}
+        how = found.get("served", {}).get("how")
+        for metric, value in found.get("metrics", {}).items():
+            rows.append(
+                f"| {task.name} | {metric} | {100 * value['value']:.1f} ± {100 * value['stderr']:.1f} "
+                f"| {value['n']} | {how} |"
+            )
+    if not rows:
+        return "None was measured before this checkpoint was written."
+    return "\n".join(["| task | metric | points ± standard error | n | served by |", "|:-|:-|:-|:-|:-|", *rows])
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload the folder to the Hugging Face hub, as a private repository if it is new; its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(
+            f"push={repository}: the hub did not take it ({type(error).__name__}: {error}). The checkpoint is "
+            f"complete in {folder}; log in (hf auth login) and push again, or upload the folder yourself."
+        ) from error
+    return str(url)
+
+
+@refuse_politely
+def main() -> int:
+    options, rest = split(sys.argv[1:], ("to", "push", "plan"))
+    if "to" not in options:
+        raise UserError("Say where to: to=<folder>, a new one.")
+    folder = Path(options["to"])
+    asked = one_plan(rest, options.get("plan"))
+    share(asked, folder)
+    say("export", str(folder), f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
+    found: dict[str, Any] = {"folder": str(folder)}
+    if "push" in options:
+        found["hub"] = push(folder, options["push"])
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
