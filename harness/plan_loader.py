@@ -56,7 +56,7 @@ class PlanLoader(DefaultModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(dataclasses.replace(load_config, model_loader_extra_config={}))
         self.file = load_config.model_loader_extra_config.get("plan")
-        self.plan = Plan({})
+        self.plan: Plan
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Raises UserError if the plan is another model's or this build of vLLM cannot map merged experts."""

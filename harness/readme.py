@@ -49,7 +49,7 @@ def main() -> int:
         raise UserError(f"sweep {sweep.name!r} is not complete. Run it first; documents show finished tables only.")
     made = tables.all_of(tidy)
     if "costs" in made:
-        made["costs"] = made["costs"][SIZES]
+        made["costs"] = made["costs"][SIZES].join(made.pop("serving")["MB in memory"])
     table = f"{tables.text(made)}\n\n{tables.footer(tidy)}"
     file.write_text(f"{head}{begin(arguments)}\n{table}\n{END}{tail}")
     return 0

@@ -1,6 +1,6 @@
 """The flow, for one cell of a comparison. Start here.
 
-model + text --calibrate--> Stats --method--> Plan --export--> checkpoint --serve--> URL --score--> records
+model + text --calibrate--> Stats --method--> Plan --serve--> URL --score--> records
 
 python -m harness.run method=reap ratio=0.25           one cell
 python -m harness.run sweep=demo                       a grid of cells; the same command again resumes

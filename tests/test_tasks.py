@@ -16,7 +16,7 @@ from harness.errors import StageError, UserError
 from harness.models import ROOT
 from harness.serve import Weights
 from tasks import LLM
-from tasks.completions import complete
+from tasks.completions import complete, is_looping
 from tasks.evalplus_code import EvalPlus
 from tasks.lm_harness import LmEval, _check_finite
 from tests.conftest import vllm
@@ -121,7 +121,7 @@ def test_generation_equals_greedy_decoding_of_transformers(llm: LLM, reference, 
     score = write_task(tmp_path, "generate", GENERATE, rows).score(llm, tmp_path)
     assert score.metrics["exact_match"].value == pytest.approx(0.6)
     assert score.metrics["exact_match"].n == 10
-    assert score.counts == {"empty": 0, "length_capped": 10}
+    assert score.counts == {"empty": 0, "length_capped": 10, "looping": 0}
     assert [sample["target"] for sample in score.samples] == answers
 
 
@@ -193,7 +193,7 @@ def test_completions_come_in_order_and_do_not_depend_on_company(llm: LLM, refere
     prompts = [f"def f{i}(x):" for i in range(12)]
     settings = {"max_tokens": 6, "stop": [], "timeout_s": 60}
     together = complete(llm, prompts, **settings)
-    assert together == complete(llm, prompts, concurrency=1, **settings)
+    assert together == complete(replace(llm, concurrency=1), prompts, **settings)
     assert [done.text for done in together] == [greedy(reference, prompt, 6) for prompt in prompts]
     assert {done.finish_reason for done in together} == {"length"}
 
@@ -266,3 +266,19 @@ def test_importing_tasks_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "text, loops",
+    [
+        ("", False),
+        ("a" * 39, False),
+        ("start " + "a" * 40, True),
+        ("    return x\n" * 4, True),
+        ("    return x\n" * 3 + "    return y\n", False),
+        ("x = 1\n" * 50 + "done", False),
+        ("1 + 1 = 2, so " * 4, True),
+    ],
+)
+def test_an_answer_that_ends_in_repetitions_is_a_loop(text: str, loops: bool) -> None:
+    assert is_looping(text) == loops

@@ -10,7 +10,6 @@ compared.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -46,8 +45,11 @@ def main() -> int:
     vllm = replace(cell.serve, extra_args=("--chat-template", TEMPLATE))
     task = next(task for task in cell.tasks if isinstance(task, EvalPlus))
     prompts = [problem["prompt"] for problem in task._problems()]
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    with vllm.serve(Weights(cell.model.folder), "tiny", folder / "log") as served:
+    weights = Weights(cell.model.folder)
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
+        vllm.serve(weights, "tiny", Path(folder) / "log") as served,
+    ):
         url = f"{served.llm.url}/v1"
         decoder = OpenAIChatDecoder(
             "tiny", base_url=url, temperature=0.0, max_new_tokens=MAX_TOKENS, instruction_prefix=PREFIX
@@ -58,7 +60,6 @@ def main() -> int:
         ours, our_seconds = timed(
             lambda: [c.text for c in complete(served.llm, asked, max_tokens=MAX_TOKENS, stop=[], timeout_s=600)]
         )
-    shutil.rmtree(folder)
     assert one[0] == theirs[0]
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     rates = [60 * len(prompts) / value for value in (seconds, our_seconds)]
