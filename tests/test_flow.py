@@ -38,8 +38,10 @@ def results(store: Path) -> pd.DataFrame:
 
 
 def our_servers() -> list[psutil.Process]:
-    """Processes that vLLM servers are forked from, and the servers."""
-    return [p for p in psutil.process_iter(["cmdline"]) if any("vllm_host.py" in a for a in p.info["cmdline"] or [])]
+    """Processes that vLLM servers are forked from, and the servers; but for those of this test process itself."""
+    own = set(psutil.Process().children(recursive=True))
+    found = [p for p in psutil.process_iter(["cmdline"]) if any("vllm_host.py" in a for a in p.info["cmdline"] or [])]
+    return [process for process in found if process not in own]
 
 
 @pytest.fixture(scope="module")
