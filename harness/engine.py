@@ -16,6 +16,8 @@ from harness.host import failure
 from harness.plan import Plan
 from tasks import LLM
 
+RESETS = 5  # tries to empty the prefix cache, a second apart
+
 
 class Engine:
     """llm: where it answers. log: its output. plan: digest of the plan its weights are; None for the folder as it is.
@@ -44,32 +46,48 @@ class Engine:
 
     def swap(self, plan: Plan, file: Path) -> None:
         """Make the weights those of the plan, which ``file`` holds. Raises StageError; the engine is then of no use."""
+        self._forget()
         self._call("swap_plan", str(file))
         self.plan, self.masked = plan.digest, False
 
     def unswap(self) -> None:
         """Make the weights those of the folder again, all experts open."""
+        self._forget()
         self._call("swap_plan", "")
         self.plan, self.masked = None, False
 
     def mask(self, file: Path) -> None:
         """Bar the routers from what the plan in ``file`` drops; the weights must be the folder's own."""
         assert self.plan is None, "the mask numbers experts as the folder does"
+        self._forget()
         self._call("mask_plan", str(file))
         self.masked = True
 
     def _call(self, method: str, *arguments: str) -> list[Any]:
-        """What each worker answers. The prefix cache knows nothing of plans, so it is emptied."""
+        """What each worker answers."""
         request = {"method": method, "args": list(arguments), "timeout": self._timeout_s}
         try:
             answer = httpx.post(
                 f"{self.llm.url}/collective_rpc", json=request, timeout=self._timeout_s, trust_env=False
             )
             answer.raise_for_status()
-            httpx.post(f"{self.llm.url}/reset_prefix_cache", timeout=60, trust_env=False).raise_for_status()
-        except httpx.HTTPError as error:
+            return list(answer.json()["results"])
+        except (httpx.HTTPError, ValueError, KeyError) as error:
             raise StageError(f"vLLM could not {method.replace('_', ' ')} ({error!r}). {failure(self.log)}") from error
-        return answer.json()["results"]
+
+    def _forget(self) -> None:
+        """Empty the prefix cache, which knows nothing of plans. Raises StageError if requests are still being answered,
+        for example of a task that ran out of time: they hold on to their part of it.
+        """
+        for _ in range(RESETS):
+            try:
+                answer = httpx.post(f"{self.llm.url}/reset_prefix_cache", timeout=60, trust_env=False)
+                if answer.json()["success"]:
+                    return
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                raise StageError(f"vLLM could not empty its prefix cache ({error!r}). {failure(self.log)}") from error
+            time.sleep(1)
+        raise StageError("vLLM still answers requests of an earlier plan, and cannot turn to another.")
 
 
 def await_health(url: str, exit_status: Callable[[], int | None], deadline: float, log: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from harness import scoring
+from harness import scoring, stages
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.one_plan import one_plan, split
@@ -29,9 +29,10 @@ def main() -> int:
         return 0
     if not cell.serve.reads_plans:
         raise UserError("A plan in a file is served by serve=vllm, serve=plan or serve=hf.")
+    weights = Weights(cell.model.folder, asked.plan, asked.file, stages.reference(cell, asked.plan, asked.store))
     log = asked.store.path("logs", "foreground.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with cell.serve.serve(Weights(cell.model.folder, asked.plan, asked.file), cell.model.name, log) as served:
+    with cell.serve.serve(weights, cell.model.name, log) as served:
         _wait(served.llm.url, served.llm.model)
     return 0
 

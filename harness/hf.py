@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Transformers:
         return {
             "engine": "transformers",
             "version": importlib.metadata.version("transformers"),
+            "device": "cuda" if shutil.which("nvidia-smi") else "cpu",
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
         }
@@ -85,7 +87,7 @@ class Transformers:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.hf_server", *self._arguments(weights, name), "--port", str(port)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # the server ends when our end closes, however we end
                 stdout=output,
                 stderr=output,
                 env=child_environment(),
@@ -99,6 +101,8 @@ class Transformers:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if process.stdin:
+                process.stdin.close()
 
     def _arguments(self, weights: Weights, name: str) -> list[str]:
         length = min(self.max_model_len, longest(weights.folder, self.max_model_len))

@@ -4,17 +4,16 @@
 
 It answers ``/v1/completions`` as the harness and lm-eval ask (greedy; texts or token ids; stop sequences;
 log-probabilities with echo), ``/v1/models``, ``/health`` and ``/metrics``. The plan is carried out on the model in
-memory. Requests that wait together are computed together.
+memory. Requests that wait together are computed together. It ends when its standard input does.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import os
-import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ from harness import plan as plans
 from harness.blocks import compress_block, moe_blocks
 from harness.models import Model
 
-PR_SET_PDEATHSIG = 1
 TOKENS_AT_ONCE = 16384  # of prompts that are scored together, padding included: bounds the memory of their logits
 
 
@@ -234,14 +232,15 @@ class Service:
             together = self._take()
             try:
                 answers = await asyncio.to_thread(self._compute, together)
+                now = time.perf_counter()
+                for one, answer in zip(together, answers, strict=True):
+                    one.answered.set_result(self._choice(one, answer))
+                    self._count(one, answer, now)
             except Exception as problem:  # the server stays up; who asked is told
+                words = f"{type(problem).__name__}: {problem}"
                 for one in together:
-                    one.answered.set_exception(web.HTTPInternalServerError(text=f"{type(problem).__name__}: {problem}"))
-                continue
-            now = time.perf_counter()
-            for one, answer in zip(together, answers, strict=True):
-                one.answered.set_result(self._choice(one, answer))
-                self._count(one, answer, now)
+                    if not one.answered.done():
+                        one.answered.set_exception(web.HTTPInternalServerError(text=words))
 
     def _take(self) -> list[Request]:
         """The first that waits, and those after it that can be computed with it."""
@@ -303,6 +302,12 @@ def load(folder: Path, plan: Path | None, dtype: str) -> PreTrainedModel:
     return model
 
 
+def _end_with_input() -> None:
+    """However the harness ends, its end of our standard input closes."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -313,8 +318,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32)
     asked = parser.parse_args()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # however the harness ends, so does this
+    threading.Thread(target=_end_with_input, daemon=True).start()
     model = load(asked.model, asked.plan, asked.dtype)
     weights = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     print(f"weights: {weights} bytes", flush=True)

@@ -47,7 +47,7 @@ def one_plan(arguments: Sequence[str], file: str | None) -> OnePlan:
     path = Path(file)
     try:
         made = plans.from_json(path.read_text())
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"plan={file} cannot be read: {error}. Plans of runs are in <store>/plans/.") from error
     made.validate(cell.model.experts, cell.model.top_k)
     return OnePlan(cell, made, path.resolve(), sweep.store, False)

@@ -16,6 +16,7 @@ import torch
 from vllm.config import set_current_vllm_config
 
 from harness import plan as plans
+from harness.errors import UserError
 from harness.plan import LayerPlan
 from harness.plan_loader import moe_layers
 from harness.rewrite import CLOSED
@@ -40,7 +41,9 @@ class PlanWorker(Worker):
         attention = {name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache")}
         layers.clear()
         compilation.static_all_moe_layers.clear()
-        self.model_runner.model = None  # both models need not fit at once
+        for holder in ("model", "_moe_model"):  # both models need not fit at once
+            if hasattr(self.model_runner, holder):
+                setattr(self.model_runner, holder, None)
         gc.collect()
         self.vllm_config.load_config.load_format = "plan"
         self.vllm_config.load_config.model_loader_extra_config = {"plan": file} if file else {}
@@ -53,6 +56,8 @@ class PlanWorker(Worker):
     def mask_plan(self, file: str) -> None:
         """Let routers choose only what the plan keeps; the weights stay. For plans that prune alone."""
         plan = plans.from_json(Path(file).read_text())
+        if any(runner.is_monolithic for runner in moe_layers(self.model_runner.get_model()).values()):
+            raise UserError("This build of vLLM routes inside its MoE kernel here, where no expert can be barred.")
         for layer, runner in moe_layers(self.model_runner.get_model()).items():
             _close(runner.router, plan.layers[layer], next(runner.parameters()).device)
 

@@ -1,7 +1,7 @@
 """What a served model must say: log-probabilities of a short text from transformers, the plan carried out in memory.
 
-A second implementation of the model and of the plan. Whatever the engine gets wrong (a swap that mixes plans, a kernel,
-an architecture that this build of vLLM computes otherwise) shows here before anything is scored.
+A second implementation of the model and of the plan. What the engine gets wrong by more than rounding (a swap that
+mixes plans, a kernel, an architecture that this build of vLLM computes otherwise) shows before anything is scored.
 """
 
 from __future__ import annotations

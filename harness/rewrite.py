@@ -167,7 +167,7 @@ def _router_row(tensor: Tensor, row: int | None, here: Role) -> bytes:
     if row is not None:
         return tensor.read_rows([row])
     size = tensor.nbytes // tensor.shape[0]
-    return _encoded(_of_type([CLOSED], tensor.dtype)) if is_bias(here) else bytes(size)
+    return _closed(tensor.dtype) if is_bias(here) else bytes(size)
 
 
 def is_bias(router: Role) -> bool:
@@ -203,10 +203,12 @@ def _encoded(values: torch.Tensor) -> bytes:
     return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _of_type(values: list[float], dtype: str) -> torch.Tensor:
+def _closed(dtype: str) -> bytes:
+    """The bias of a row that must never be chosen, in a type that may not reach as far (float16)."""
     import torch
 
-    return torch.tensor(values, dtype=getattr(torch, FLOATS[dtype]))
+    kind = getattr(torch, FLOATS[dtype])
+    return _encoded(torch.tensor([max(CLOSED, torch.finfo(kind).min)], dtype=kind))
 
 
 def _matrix(tensor: Tensor) -> torch.Tensor:

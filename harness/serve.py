@@ -107,6 +107,13 @@ class VLLM:
             raise UserError(f"serve.how={self.how} is none of {', '.join(HOW)}.")
         if self.dtype not in DTYPES:
             raise UserError(f"serve.dtype={self.dtype} is none of {', '.join(DTYPES)}.")
+        own = ("--host", "--port", "--load-format", "--model-loader-extra-config", "--worker-extension-cls")
+        if taken := [argument for argument in self.extra_args if argument.split("=")[0] in own]:
+            raise UserError(
+                f"serve.extra_args sets {', '.join(taken)}, which the harness sets itself: the server can be told to "
+                "load other weights, so only this machine must reach it. Leave it out, or start a server yourself "
+                "(serve=server)."
+            )
         if self.how in ("swap", "mask") and not self.enforce_eager:
             raise UserError(
                 f"serve.how={self.how} needs serve.enforce_eager=true: what vLLM compiles or captures belongs to one "
@@ -248,7 +255,7 @@ class VLLM:
                 size = engine.weight_bytes()
             engine.is_new = False
             return Served(engine.llm, how, size, self._probe(engine, weights))
-        except StageError:
+        except BaseException:
             release()
             raise
 

@@ -115,7 +115,7 @@ def main() -> int:
     options, rest = split(sys.argv[1:], ("to", "push", "plan"))
     if "to" not in options:
         raise UserError("Say where to: to=<folder>, a new one.")
-    folder = Path(options["to"])
+    folder = Path(options["to"]).resolve()
     asked = one_plan(rest, options.get("plan"))
     share(asked, folder)
     say("export", str(folder), f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")

@@ -170,6 +170,9 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
     return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
 
 
+_without_reference: set[str] = set()  # tried in this process: loading the model again would fail again
+
+
 def reference(cell: Cell, made: Plan, store: Store) -> tuple[float, ...] | None:
     """Log-probabilities that the served model must give a known text; None if transformers cannot compute them here."""
     from harness.probe import PROBE, probe_tokens
@@ -179,14 +182,16 @@ def reference(cell: Cell, made: Plan, store: Store) -> tuple[float, ...] | None:
     known = store.read_json("references", name)
     if known is not None:
         return tuple(known["log_probs"])
+    if name in _without_reference:
+        return None
     try:
         from harness.reference import log_probs
 
         found = log_probs(cell.model.load("auto"), made, probe_tokens(str(cell.model.folder)))
     except Exception as problem:  # too little memory, or a model that transformers does not know
-        say(
-            "failed", f"reference {cell.slug}", f"{type(problem).__name__}: {problem}. It is served without comparison."
-        )
+        _without_reference.add(name)
+        words = f"{type(problem).__name__}: {problem}. It is served without comparison."
+        say("failed", f"reference {cell.slug}", words)
         return None
     store.write_json("references", name, {"log_probs": found})
     return tuple(found)

@@ -168,7 +168,7 @@ def judge(
         if (*about, task_id, code) in _judged
     }
     new = {task_id: code for task_id, code in programs.items() if task_id not in known}
-    verdicts = known | _run(dataset, problems, new, workdir, memory_gib, timeout_s)
+    verdicts = known | (_run(dataset, problems, new, workdir, memory_gib, timeout_s) if new else {})
     if missing := programs.keys() - verdicts.keys():
         raise StageError(f"The judge gave no verdict on {len(missing)} of {len(programs)} programs: {sorted(missing)}")
     for task_id, code in new.items():

@@ -147,6 +147,12 @@ def test_bf16_is_averaged_in_float32(tmp_path: Path) -> None:
     assert torch.equal(merged, exact.float().bfloat16())
 
 
+def test_a_closed_row_is_finite_in_every_type() -> None:
+    for dtype in ("F16", "BF16", "F32"):
+        bias = rewrite.decoded(rewrite._closed(dtype), dtype)
+        assert bias.isfinite().all() and (bias < -60000).all()
+
+
 def test_quantised_experts_are_not_averaged() -> None:
     with pytest.raises(UserError, match="F8_E4M3"):
         rewrite.weighted_mean([(b"1234", 0.5), (b"1234", 0.5)], "F8_E4M3")

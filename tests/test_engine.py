@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,6 +188,34 @@ def test_other_weights_than_asked_for_are_noticed(tmp_path: Path) -> None:
         pass
     with engine("swap").serve(right, "tiny", tmp_path / "log") as served:
         assert served.llm.url != first and served.how == "plan"
+    serve.release()
+
+
+def test_an_engine_that_still_answers_is_not_turned(tmp_path: Path) -> None:
+    """A task that ran out of time leaves requests behind; the next plan gets an engine of its own."""
+    model = Model("qwen3_moe", str(write_checkpoint(tmp_path / "model")))
+    family = Family("qwen3_moe", model, some_plans(model.experts), tmp_path)
+    with engine("swap").serve(family.weights("pruned"), "tiny", tmp_path / "log") as served:
+        url = served.llm.url
+    busy = {"model": served.llm.model, "prompt": "x" * 20, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    over = threading.Event()
+
+    def keep_busy() -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            while not over.is_set():
+                httpx.post(f"{url}/v1/completions", json=busy, timeout=60, trust_env=False)
+
+    threads = [threading.Thread(target=keep_busy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        with engine("swap").serve(family.weights("merged"), "tiny", tmp_path / "log") as served:
+            assert served.llm.url != url and served.how == "plan"
+            assert difference(served, family.expected("merged")) < CLOSE
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
     serve.release()
 
 

@@ -275,6 +275,25 @@ def test_a_problem_without_a_field_is_refused(tmp_path: Path):
         EvalPlus("code", "humaneval", str(path)).check()
 
 
+def test_equal_programs_are_judged_once_but_not_after_a_time_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def run(dataset, problems, programs, workdir, memory_gib, timeout_s):
+        asked.append(set(programs))
+        return {name: {"solution": code, "base": code, "plus": code} for name, code in programs.items()}
+
+    monkeypatch.setattr(evalplus_code, "_run", run)
+    monkeypatch.setattr(evalplus_code, "_judged", {})
+    problems = tmp_path / "problems"
+    problems.write_text("")
+    for programs in ({"a": "pass", "b": "timeout"}, {"a": "pass", "b": "timeout"}, {"a": "fail"}, {"a": "fail"}):
+        found = evalplus_code.judge("humaneval", problems, programs, tmp_path)
+        assert {name: verdict["base"] for name, verdict in found.items()} == programs
+    assert asked == [{"a", "b"}, {"b"}, {"a"}]
+
+
 def test_identity_follows_the_content(tmp_path: Path):
     path = write_problems(tmp_path, 2)
     task = EvalPlus("code", "humaneval", str(path))

@@ -166,6 +166,8 @@ def test_what_does_not_fit_is_refused_before_any_work():
         vllm().check(1000 * 2**30)
     with pytest.raises(UserError, match="serve.dtype=int3 is none of"):
         vllm(dtype="int3").check()
+    with pytest.raises(UserError, match="extra_args sets --host"):
+        vllm(extra_args=["--host=0.0.0.0"]).check()
     vllm().check(1000)
 
 

@@ -55,10 +55,14 @@ def run(module: str, serve: str, store: Path, overrides: Sequence[str]) -> Took:
     watch.start()
     start = time.perf_counter()
     command = [sys.executable, "-m", module, "sweep=demo", serve, f"store={store}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
-    seconds = time.perf_counter() - start
-    over.set()
-    watch.join()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"}
+        )
+        seconds = time.perf_counter() - start
+    finally:
+        over.set()
+        watch.join()
     if done.returncode:
         words = done.stdout[-2000:] + done.stderr[-2000:]
         raise StageError(f"{' '.join(command)} ended with {done.returncode}: {words}")
