@@ -5,7 +5,7 @@ The same as exporting the plan and loading the checkpoint (a test compares the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ def moe_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:
         if name.endswith(".experts") and hasattr(module, "num_experts") and layer_index(name) >= 0:
             found[layer_index(name)] = model.get_submodule(name.rpartition(".")[0])
     return dict(sorted(found.items()))
+
+
+def compress(model: PreTrainedModel, layers: Mapping[int, LayerPlan]) -> None:
+    """Carry a plan out on a model in memory, whose weights are in the type they are stored in, so that merged experts
+    are rounded as an export rounds them. Layers without a plan of their own stay as they are.
+    """
+    for layer, block in moe_blocks(model).items():
+        if layer in layers and not layers[layer].is_identity:
+            compress_block(block, layer, layers[layer])
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     """The sweep these arguments ask for, every cell of it checked, and the arguments Hydra needs to run it."""
     sweep = expand(arguments)
     sweep.check()
-    waiting = [c for c in sweep.cells if not all(scoring.is_done(c, task, sweep.store) for task in c.tasks)]
+    waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
         serve.check(nbytes)
     unread = {cell.tokens_name: cell for cell in waiting if cell.calibrates or cell.measures_errors}

@@ -24,12 +24,11 @@ from harness.errors import StageError, UserError
 from harness.host import failure
 from harness.models import Model
 from harness.plan import Plan
-from harness.probe import compare, probe, served_length
-from harness.serve import DTYPES, EXACT_NATS, GIB, ROUNDED_NATS, Served, Weights, child_environment, longest
+from harness.probe import probe, served_length
+from harness.serve import DTYPES, GIB, MAX_STOPS, Served, Weights, child_environment, difference, longest
 from tasks import LLM
 
 OVERHEAD_GIB = 2  # torch, and the logits of a batch of prompts
-MAX_STOPS = 64
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,7 @@ class Transformers:
 
     def _difference(self, llm: LLM, weights: Weights, log: Path) -> float | None:
         try:
-            found = probe(llm)
-            if weights.expected is None:
-                return None
-            return compare(llm, found, weights.expected, EXACT_NATS if self.dtype == "float32" else ROUNDED_NATS)
+            return difference(llm, probe(llm), weights, self.dtype)
         except StageError as error:
             raise StageError(f"{error}\n{failure(log)}") from error
 

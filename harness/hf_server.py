@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from harness import plan as plans
-from harness.blocks import compress_block, moe_blocks
+from harness.blocks import compress
 from harness.models import Model
 
 TOKENS_AT_ONCE = 16384  # of prompts that are scored together, padding included: bounds the memory of their logits
@@ -291,12 +291,10 @@ def _prompts(given: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def load(folder: Path, plan: Path | None, dtype: str) -> PreTrainedModel:
-    """The model under the plan, in memory. Weights are mixed in the dtype they are stored in, as an export does."""
+    """The model under the plan, in memory."""
     model = Model("served", str(folder)).load("auto")
-    layers = {} if plan is None else plans.from_json(plan.read_text()).layers
-    for layer, block in moe_blocks(model).items():
-        if layer in layers and not layers[layer].is_identity:
-            compress_block(block, layer, layers[layer])
+    if plan is not None:
+        compress(model, plans.from_json(plan.read_text()).layers)
     if dtype != "auto":
         nn.Module.to(model, getattr(torch, dtype))
     return model

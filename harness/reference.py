@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from harness.blocks import compress_block, moe_blocks
+from harness.blocks import compress
 from harness.plan import Plan
 
 
@@ -19,12 +19,9 @@ from harness.plan import Plan
 def log_probs(model: PreTrainedModel, plan: Plan, ids: Sequence[int]) -> list[float]:
     """Log-probability of each token but the first, given those before it, in nats, computed in float32.
 
-    model: with its weights as they are stored, so that merged experts are rounded as an export rounds them. It is
-    changed.
+    model: with its weights as they are stored. It is changed.
     """
-    for layer, block in moe_blocks(model).items():
-        if not plan.layers[layer].is_identity:
-            compress_block(block, layer, plan.layers[layer])
+    compress(model, plan.layers)
     model.float()
     tokens = torch.tensor([list(ids)], device=model.device)
     found = model(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)

@@ -38,7 +38,7 @@ def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
 
 def run(cell: Cell, store: Store) -> None:
     """Take one cell from the model to its records; what the store holds already is not done again."""
-    if all(scoring.is_done(cell, task, store) for task in cell.tasks):
+    if scoring.all_done(cell, store):
         return say("record", cell.slug, "cached")
     given = made = None
     errors: dict[str, str] = {}
@@ -57,7 +57,7 @@ def run(cell: Cell, store: Store) -> None:
 def prepare_all(sweep: Sweep) -> None:
     """Plan every cell before the first engine takes the memory. What fails here fails again in its cell, for good."""
     for cell in sweep.cells:
-        if not all(scoring.is_done(cell, task, sweep.store) for task in cell.tasks):
+        if not scoring.all_done(cell, sweep.store):
             with contextlib.suppress(Exception):
                 prepare(replace(cell, collect=frozenset(sweep.extras)), sweep.store)
 

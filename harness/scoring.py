@@ -146,6 +146,11 @@ def is_done(cell: Cell, task: Task, store: Store) -> bool:
     return measured and has_score(cell, task, store)
 
 
+def all_done(cell: Cell, store: Store) -> bool:
+    """Whether nothing is left to do on any task."""
+    return all(is_done(cell, task, store) for task in cell.tasks)
+
+
 def has_score(cell: Cell, task: Task, store: Store) -> bool:
     """Whether this cell's record on this task holds a score."""
     found = store.read_json("records", cell.record_name(task))

@@ -270,9 +270,7 @@ class VLLM:
     def _probe(self, engine: Engine, weights: Weights) -> float | None:
         """Difference from the expected log-probabilities. Raises StageError if it is too large or one is not finite."""
         try:
-            found = probe(engine.llm)
-            exact = self.dtype == "float32"
-            return _difference(engine.llm, found, weights, EXACT_NATS if exact else ROUNDED_NATS)
+            return difference(engine.llm, probe(engine.llm), weights, self.dtype)
         except StageError as error:
             raise StageError(f"{error}\n{failure(engine.log)}") from error
 
@@ -361,11 +359,14 @@ class Server:
         llm = LLM(url, self.model, tokenizer, served_length(url, self.model))
         found = probe(llm)
         check_tokenizer(llm, len(probe_tokens(tokenizer)), len(found) + 1)
-        yield Served(llm, "external server", difference=_difference(llm, found, weights, ROUNDED_NATS))
+        yield Served(llm, "external server", difference=difference(llm, found, weights, "unknown"))
 
 
-def _difference(llm: LLM, found: list[float], weights: Weights, tolerance: float) -> float | None:
-    return None if weights.expected is None else compare(llm, found, weights.expected, tolerance)
+def difference(llm: LLM, found: list[float], weights: Weights, dtype: str) -> float | None:
+    """Of the probe's log-probabilities from the expected ones, if these are known. Raises StageError if too large."""
+    if weights.expected is None:
+        return None
+    return compare(llm, found, weights.expected, EXACT_NATS if dtype == "float32" else ROUNDED_NATS)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A cell without a record shows "—", a failed one "✗"; neither is ever average
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pandas as pd
 
@@ -92,11 +92,16 @@ def _baseline(tidy: pd.DataFrame, task: str, metric: str) -> float | None:
 
 def costs(tidy: pd.DataFrame) -> pd.DataFrame:
     """What each row's model holds, and the seconds its stages took (of one seed; scoring summed over tasks)."""
+    return _of_one_seed(tidy, _cost)
+
+
+def _of_one_seed(tidy: pd.DataFrame, describe: Callable[[pd.DataFrame], dict[str, str]]) -> pd.DataFrame:
+    """A table of what ``describe`` says of each row's first seed, one line per task."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for name, group in by_row(tidy):
         done = group[group["status"] == "done"]
         first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
-        rows[name] = _cost(first)
+        rows[name] = describe(first)
     return _table(tidy, rows).fillna(NOT_RUN)
 
 
@@ -119,12 +124,7 @@ def serving(tidy: pd.DataFrame) -> pd.DataFrame:
     """How each row was served, in what memory and how fast, and how many answers of all its tasks are degenerate (of
     one seed). Rows whose routers were only masked have neither size nor speed.
     """
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for name, group in by_row(tidy):
-        done = group[group["status"] == "done"]
-        first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
-        rows[name] = _serving(first)
-    return _table(tidy, rows).fillna(NOT_RUN)
+    return _of_one_seed(tidy, _serving)
 
 
 def _serving(rows: pd.DataFrame) -> dict[str, str]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from harness import checkpoint, serve, throughput, vllm_limits
 from harness import plan as plans
-from harness.blocks import compress_block, moe_blocks
+from harness.blocks import compress
 from harness.build import build
 from harness.errors import StageError, UserError
 from harness.models import Model
@@ -77,8 +77,7 @@ class Family:
         In float32 the first forward pass of a process was now and then 4e-4 nats from all later ones.
         """
         model = self.model.load("float32")
-        for layer, block in moe_blocks(model).items():
-            compress_block(block, layer, self.plans[plan].layers[layer])
+        compress(model, self.plans[plan].layers)
         model.double().set_experts_implementation("eager")
         ids = torch.tensor(AutoTokenizer.from_pretrained(self.model.folder)(TEXT)["input_ids"])
         with torch.no_grad():
