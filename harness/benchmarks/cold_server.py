@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import run, serve
+from harness import serve
 
 
 class ColdHost:
@@ -40,4 +41,4 @@ class ColdHost:
 
 if __name__ == "__main__":
     serve.Host = ColdHost  # type: ignore[assignment, misc]
-    sys.exit(run.main())
+    runpy.run_module("harness.run", run_name="__main__", alter_sys=True)  # as a script, or Hydra looks elsewhere
