@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from harness.engine import await_health, free_port
 from harness.errors import StageError, UserError
@@ -28,7 +28,7 @@ from harness.probe import probe, served_length
 from harness.serve import DTYPES, GIB, MAX_STOPS, Served, Weights, child_environment, difference, longest
 from tasks import LLM
 
-OVERHEAD_GIB = 2  # torch, and the logits of a batch of prompts
+OVERHEAD_GIB = 4  # torch, and the logits of a batch of prompts (``hf_server.LOGITS_BYTES``, twice over)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ class Transformers:
             )
 
     def check_model(self, model: Model) -> None:
-        """transformers is what others are compared with."""
+        """Raise UserError for quantised weights, which only a server computes as they are meant to be."""
+        if model.config.get("quantization_config"):
+            raise UserError(
+                f"model {model.name!r} is quantised, and serve=hf would compute it in other numbers than a server "
+                "does. Use serve=vllm, or a server elsewhere (serve=server)."
+            )
 
     def check_plan(self, model: Model, plan: Plan) -> None:
         """Every plan can be carried out in memory."""
@@ -69,7 +74,7 @@ class Transformers:
         return {
             "engine": "transformers",
             "version": importlib.metadata.version("transformers"),
-            "device": "cuda" if shutil.which("nvidia-smi") else "cpu",
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
         }

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from harness import plan as plans
 from harness.blocks import compress
 from harness.models import Model
 
-TOKENS_AT_ONCE = 16384  # of prompts that are scored together, padding included: bounds the memory of their logits
+LOGITS_BYTES = 2**30  # of prompts that are scored together, padding included, in float32; one prompt may take more
 
 
 @dataclass
@@ -89,12 +90,12 @@ class Completer:
         """Greedy continuations of the prompts, computed together."""
         if scored and max_tokens <= 1:
             return self._score(prompts, [[] for _ in prompts], max_tokens)
-        made = [self._ended(ids) for ids in self._generate(prompts, max_tokens, stop)]
+        made = [self._ended(ids, stop) for ids in self._generate(prompts, max_tokens, stop)]
         if not scored:
-            return [Answer(ids, reason or self._reason(ids, stop)) for ids, reason in made]
+            return [Answer(*one) for one in made]
         scores = self._score(prompts, [ids for ids, _ in made], 0)
-        for answer, (ids, reason) in zip(scores, made, strict=True):
-            answer.finish_reason = reason or self._reason(ids, stop)
+        for answer, (_, reason) in zip(scores, made, strict=True):
+            answer.finish_reason = reason
         return scores
 
     def _generate(self, prompts: Sequence[list[int]], max_tokens: int, stop: Sequence[str]) -> list[list[int]]:
@@ -113,22 +114,27 @@ class Completer:
         )
         return found[:, width:].tolist()
 
-    def _ended(self, ids: list[int]) -> tuple[list[int], str | None]:
-        """The new ids without the end token and the padding after it."""
-        for place, token in enumerate(ids):
-            if token in self.ends:
-                return ids[:place], "stop"
-        return ids, None
+    def _ended(self, ids: list[int], stop: Sequence[str]) -> tuple[list[int], str]:
+        """The new ids up to the end token, or through the first stop sequence, without the padding after it; and why
+        they end there.
+        """
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        ids = ids[:end]
 
-    def _reason(self, ids: list[int], stop: Sequence[str]) -> str:
-        text = self.text(ids)
-        return "stop" if any(end in text for end in stop) else "length"
+        def stopped(length: int) -> bool:
+            text = self.text(ids[:length])
+            return any(sequence in text for sequence in stop)
+
+        if stopped(len(ids)):
+            return ids[: bisect_left(range(len(ids)), True, key=stopped)], "stop"
+        return ids, "length" if end is None else "stop"
 
     def _score(self, prompts: Sequence[list[int]], made: Sequence[list[int]], more: int) -> list[Answer]:
         """Log-probabilities of every token but the first, and ``more`` (0 or 1) tokens after the last."""
         answers: list[Answer] = []
         whole = [prompt + new for prompt, new in zip(prompts, made, strict=True)]
-        at_once = max(1, TOKENS_AT_ONCE // max(map(len, whole)))
+        logits_bytes = 4 * self.model.config.get_text_config().vocab_size * max(map(len, whole))
+        at_once = max(1, LOGITS_BYTES // logits_bytes)
         for start in range(0, len(whole), at_once):
             part = whole[start : start + at_once]
             width = max(map(len, part))

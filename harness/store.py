@@ -63,6 +63,17 @@ class Store:
         return path
 
     @contextmanager
+    def workspace(self, name: str) -> Iterator[Path]:
+        """An empty folder to work in, gone afterwards; what a kill leaves goes with the next try."""
+        path = self.path("work", name)
+        remove(path)
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            remove(path)
+
+    @contextmanager
     def locked(self, kind: str, name: str) -> Iterator[None]:
         """Hold this name against other processes; the lock goes with the process that holds it."""
         folder = self.root / "locks"

@@ -14,7 +14,7 @@ from harness.rewrite import decoded, is_bias
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 WIDTH = 32
-ELSEWHERE = "Serve it on a GPU, with serve=hf, or on another server (serve=server)."
+ELSEWHERE = "Serve it on a GPU, with serve=hf unless it is quantised, or on another server (serve=server)."
 
 
 def check_cpu(model: Model) -> None:

@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any
 from harness.errors import StageError, UserError
 from tasks import LLM, Metric, Score
 from tasks.completions import Completion, complete, degenerate
-from tasks.evalplus_judge import SANDBOX
+from tasks.evalplus_judge import SANDBOX, SCRATCH
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = Path(__file__).with_name("evalplus_judge.py")
@@ -211,32 +210,31 @@ def check_sandbox(name: str) -> None:
 
 
 def _run_judge(arguments: list[str], memory_gib: int, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory(prefix="judge-") as scratch:
-        reader, writer = os.pipe()  # the judge ends when our end closes, however we end
-        try:
-            return subprocess.run(
-                [*SANDBOX, sys.executable, "-P", str(JUDGE), *arguments],
-                stdin=reader,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                env=_environment(scratch, memory_gib),
-            )
-        except subprocess.TimeoutExpired as error:
-            raise StageError(f"The judge of generated programs was not done after {timeout_s} s.") from error
-        finally:
-            os.close(reader)
-            os.close(writer)
+    reader, writer = os.pipe()  # the judge ends when our end closes, however we end
+    try:
+        return subprocess.run(
+            [*SANDBOX, sys.executable, "-P", str(JUDGE), *arguments],
+            stdin=reader,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=_environment(memory_gib),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StageError(f"The judge of generated programs was not done after {timeout_s} s.") from error
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
-def _environment(scratch: str, memory_gib: int) -> dict[str, str]:
+def _environment(memory_gib: int) -> dict[str, str]:
     """All that generated programs can see of ours. One thread each, so that address space means memory."""
     return {
         "PATH": os.defpath,
         "LANG": "C.UTF-8",
-        "HOME": scratch,
-        "TMPDIR": scratch,
-        "XDG_CACHE_HOME": scratch,
+        "HOME": SCRATCH,
+        "TMPDIR": SCRATCH,
+        "XDG_CACHE_HOME": SCRATCH,
         "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +27,24 @@ def command(store: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "harness.run", *SWEEP, f"store={store}", *more]
 
 
+def environment(store: Path) -> dict[str, str]:
+    """Ours, with a folder for temporary files that the test can look into."""
+    store.mkdir(parents=True, exist_ok=True)
+    temporary = store.with_name(f"{store.name}-tmp")
+    temporary.mkdir(exist_ok=True)
+    return {**os.environ, "TMPDIR": str(temporary)}
+
+
+def temporary_files(store: Path) -> list[Path]:
+    """What a run left behind that no later one uses: in the folder for temporary files, and in the store."""
+    found = [*store.with_name(f"{store.name}-tmp").rglob("*"), *store.glob("work/*"), *store.glob("checkpoints/*")]
+    return [*found, *(path for path in store.glob("*/.*"))]
+
+
 def bench(store: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(store, *more), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        command(store, *more), cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment(store)
+    )
 
 
 def results(store: Path) -> pd.DataFrame:
@@ -77,6 +95,7 @@ def test_leaves_no_checkpoint_and_no_process(finished: tuple[Path, subprocess.Co
     store, _ = finished
     assert not list(store.rglob("checkpoints/*")), "plans are served from the original files"
     assert our_servers() == []
+    assert temporary_files(store) == []
 
 
 def test_the_same_command_again_is_cached_and_prints_the_same(
@@ -104,36 +123,64 @@ def test_a_new_method_uses_the_statistics_that_are_there(
 def test_killed_half_way_it_finishes_without_repeating_anything(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        command(store), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(store)
+    )
     deadline = time.monotonic() + 300
-    while len(list(tmp_path.glob("scores/*.json"))) < 4 and time.monotonic() < deadline:
+    while len(list(store.glob("scores/*.json"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for kind in ("stats", "scores") for path in (tmp_path / kind).iterdir()}
+    kept = {path: path.stat().st_mtime_ns for kind in ("stats", "scores") for path in (store / kind).iterdir()}
     assert len(kept) >= 5
-    done = bench(tmp_path)
+    done = bench(store)
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "finished work was repeated"
-    pd.testing.assert_frame_equal(results(tmp_path), results(finished[0]))
+    pd.testing.assert_frame_equal(results(store), results(finished[0]))
+    assert temporary_files(store) == [], "the second run takes away what the kill left"
 
 
-def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("how", ["vllm", "checkpoint", "hf"])
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path, how: str) -> None:
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        command(store, f"serve={how}", "method=reap"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(store),
+    )
+    assert process.stderr
     assert any(line.startswith("serve ") for line in iter(process.stderr.readline, "")), "it never served"
     running = psutil.Process(process.pid).children(recursive=True)
-    assert running, "a server is up and being scored"
+    ports = ports_of(running)
+    assert running and ports, "a server is up and being scored"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors and "interrupted" in errors
     assert psutil.wait_procs(running, timeout=20)[1] == []
+    assert not ports & ports_of(psutil.process_iter())
+    assert temporary_files(store) == []
+
+
+def ports_of(processes: Iterable[psutil.Process]) -> set[int]:
+    """Where these listen."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def test_a_cell_that_fails_becomes_a_failed_record_and_the_others_go_on(tmp_path: Path) -> None:
-    done = bench(tmp_path, "method=none", "serve.extra_args=[--no-such-argument]")
+    store = tmp_path / "store"
+    done = bench(store, "method=none", "serve.extra_args=[--no-such-argument]")
     assert done.returncode == 1
     assert "✗" in done.stdout and "no-such-argument" in done.stdout
-    records = [json.loads(path.read_text()) for path in (tmp_path / "records").iterdir()]
+    records = [json.loads(path.read_text()) for path in (store / "records").iterdir()]
     assert {record["status"] for record in records} == {"failed"} and len(records) == 3
     assert not any("metrics" in record for record in records)
+    assert our_servers() == [] and temporary_files(store) == []

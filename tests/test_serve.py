@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +21,12 @@ import pytest
 import torch
 
 from harness import serve
+from harness.build import build
 from harness.errors import StageError, UserError
-from harness.models import ROOT
+from harness.models import ROOT, Model
 from harness.serve import Server, Weights
 from tasks import LLM
-from tests.conftest import vllm
+from tests.conftest import conf, vllm
 from tests.tiny_checkpoint import write_checkpoint
 
 SMALL = vllm(dtype="float32", max_model_len=256)
@@ -171,6 +174,25 @@ def test_what_does_not_fit_is_refused_before_any_work():
     vllm().check(1000)
 
 
+def test_a_project_that_vllm_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    with pytest.raises(UserError, match=r"pip install --no-deps -e \."):
+        vllm().check()
+    vllm(how="checkpoint").check()
+
+
+def test_quantised_weights_are_not_served_by_transformers(folder: Path, tmp_path: Path):
+    hf = build("serve", conf("serve/hf.yaml"))
+    hf.check_model(Model("plain", str(folder)))
+    shutil.copytree(folder, tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "fp8" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(UserError, match="is quantised"):
+        hf.check_model(Model("fp8", str(tmp_path / "fp8")))
+
+
 def test_identity_has_what_determines_numbers_only():
     identity = vllm(max_num_seqs=3, startup_timeout_s=1).identity()
     assert identity == vllm().identity()
@@ -192,23 +214,28 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from harness.serve import Weights
-from tests.conftest import vllm
+from harness.build import build
+from tests.conftest import conf
 folder = Path(sys.argv[1])
-with vllm(dtype="float32", max_model_len=256).serve(Weights(folder), "tiny", folder / "killed.log"):
+settings = {"dtype": "float32", "max_model_len": 256}
+with build("serve", {**conf(sys.argv[2]), **settings}).serve(Weights(folder), "tiny", folder / "killed.log"):
     print("READY", flush=True)
     time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("victim", ["harness", "host"])
-def test_killing_us_or_the_host_leaves_no_process(folder: Path, victim: str):
+@pytest.mark.parametrize("kind, victim", [("vllm", "harness"), ("vllm", "host"), ("hf", "harness")])
+def test_killing_us_or_the_host_leaves_no_process(folder: Path, kind: str, victim: str):
     harness = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+        [sys.executable, "-c", SCRIPT, str(folder), f"serve/{kind}.yaml"],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        start_new_session=True,
     )
     try:
         assert harness.stdout and harness.stdout.readline() == b"READY\n"
         processes = psutil.Process(harness.pid).children(recursive=True)
-        assert len(processes) >= 3, "host, server, engine"
+        assert len(processes) >= (1 if kind == "hf" else 3), "host, server, engine"
         os.kill(harness.pid if victim == "harness" else processes[0].pid, signal.SIGKILL)
         assert not wait_until_gone(processes)
     finally:
