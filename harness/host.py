@@ -7,8 +7,10 @@ import contextlib
 import json
 import re
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +24,10 @@ class Host:
     """The process our servers are forked from (see ``harness/vllm_host.py``), from this side."""
 
     def __init__(self, environment: Mapping[str, str], log: Path, deadline: float) -> None:
+        self._temporary = tempfile.mkdtemp(prefix="serve-")
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("vllm_host.py"))],
+                [sys.executable, "-P", str(Path(__file__).with_name("vllm_host.py")), self._temporary],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -68,6 +71,7 @@ class Host:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)  # if the process was killed, it could not
 
     def _order(self, order: dict[str, Any], log: Path) -> dict[str, Any]:
         assert self._process.stdin

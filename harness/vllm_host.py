@@ -1,13 +1,15 @@
 """The process that vLLM servers are forked from: it imports vLLM once, then a server is up in seconds.
 
 Most of a server's start-up is imports, in three processes. Here they happen once for a whole sweep. ``harness.serve``
-runs this file and speaks JSON lines with it: an order on standard input, an answer on standard output.
+runs this file, with a folder for temporary files, and speaks JSON lines with it: an order on standard input, an answer
+on standard output.
 
     {"do": "start", "arguments": [...], "log": path}  ->  {"pid": p}
     {"do": "poll", "pid": p}                          ->  {"status": null, or the exit status of a server that ended}
     {"do": "stop", "pid": p}                          ->  {"status": exit status}
 
-However the harness ends, also by SIGKILL, standard input closes and every server is killed.
+However the harness ends, also by SIGKILL, standard input closes, every server is killed and the folder removed: killed
+servers leave sockets in it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +35,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 def main() -> None:
     parent = os.getppid()
+    os.environ["TMPDIR"] = sys.argv[1]
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever an import prints must not end up among the answers
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # so that a dead server's children can be waited for
@@ -45,6 +49,7 @@ def main() -> None:
     finally:
         for pid in servers:
             _end(pid, grace=0)
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def _prctl(option: int, value: int) -> None:
