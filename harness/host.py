@@ -20,11 +20,15 @@ from typing import Any
 from harness.errors import StageError
 
 
+LONGEST_FOLDER = 50  # for temporary files: a socket's whole path has at most 107 characters, of which vLLM takes 37
+
+
 class Host:
     """The process our servers are forked from (see ``harness/vllm_host.py``), from this side."""
 
     def __init__(self, environment: Mapping[str, str], log: Path, deadline: float) -> None:
-        self._temporary = tempfile.mkdtemp(prefix="serve-")
+        short = len(tempfile.gettempdir()) <= LONGEST_FOLDER
+        self._temporary = tempfile.mkdtemp(prefix="serve-", dir=None if short else "/tmp")
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(Path(__file__).with_name("vllm_host.py")), self._temporary],

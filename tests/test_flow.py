@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,17 +30,22 @@ def command(store: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "harness.run", *SWEEP, f"store={store}", *more]
 
 
+@functools.cache
+def temporary(store: Path) -> Path:
+    """A folder for the temporary files of runs in this store; with a short path, because sockets need one."""
+    folder = Path(tempfile.mkdtemp(prefix="flow-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def environment(store: Path) -> dict[str, str]:
     """Ours, with a folder for temporary files that the test can look into."""
-    store.mkdir(parents=True, exist_ok=True)
-    temporary = store.with_name(f"{store.name}-tmp")
-    temporary.mkdir(exist_ok=True)
-    return {**os.environ, "TMPDIR": str(temporary)}
+    return {**os.environ, "TMPDIR": str(temporary(store))}
 
 
 def temporary_files(store: Path) -> list[Path]:
     """What a run left behind that no later one uses: in the folder for temporary files, and in the store."""
-    found = [*store.with_name(f"{store.name}-tmp").rglob("*"), *store.glob("work/*"), *store.glob("checkpoints/*")]
+    found = [*temporary(store).rglob("*"), *store.glob("work/*"), *store.glob("checkpoints/*")]
     return [*found, *(path for path in store.glob("*/.*"))]
 
 
