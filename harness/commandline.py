@@ -16,8 +16,13 @@ from harness.sweep import Sweep, expand
 
 
 def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
-    """The sweep these arguments ask for, every cell of it checked, and the arguments Hydra needs to run it."""
+    """The sweep these arguments ask for, every cell of it checked, and the arguments Hydra needs to run it.
+
+    A dry run is not checked: what cannot work is a line of its bill.
+    """
     sweep = expand(arguments)
+    if sweep.dry_run:
+        return sweep, list(arguments)
     sweep.check()
     waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness.errors import UserError
 from harness.models import ROOT, Model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUB = "hub:"  # such files lie in a data set's repository on the Hugging Face hub
+TEXT = ("text",)
+
+Document = str | list[dict[str, Any]]  # plain text, or the messages of a chat
+
 
 @dataclass(frozen=True)
 class Calibration:
     """What the statistics are gathered on.
 
-    files: local ``*.jsonl`` (a ``text`` field per line) or ``*.txt`` (documents separated by blank lines), absolute or
-    relative to the project. sequences x length: tokens are packed into this many sequences of this length.
+    files: ``*.jsonl``, ``*.json`` (a row per line, or one array), both also ``*.gz``, ``*.parquet``, or ``*.txt``
+    (documents separated by blank lines): local, absolute or relative to the project, or ``hub:owner/name/path`` in a
+    data set on the Hugging Face hub. columns: how a row is read, the first of these that it has: a column that holds a
+    text or the messages of a chat, or two, ``prompt+response``. A chat becomes text by the tokenizer's chat template,
+    or, where it has none, as its messages on lines of their own.
+    sequences x length: tokens are packed into this many sequences of this length.
     seed: which documents are drawn, without replacement. dtype: in which the model runs the pass. held_out: sequences
     of further documents that no statistic sees, for the reconstruction error of plans; 0 leaves that out.
     """
@@ -34,6 +47,7 @@ class Calibration:
     held_out: int
     dtype: str = "auto"
     batch_size: int = 8
+    columns: tuple[str, ...] = TEXT
 
     def check(self) -> None:
         """Raise UserError, before any work, if a file is missing or a number is not usable."""
@@ -46,12 +60,19 @@ class Calibration:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
-        if not self.paths:
+        if unread := [column for column in self.columns if column.count("+") > 1 or not all(column.split("+"))]:
+            raise UserError(f"calibration.columns={unread}: name a column, or two as prompt+response.")
+        if not self.columns or not self.paths:
             raise UserError(f"calibration {self.name!r} names no files. Give at least one .jsonl or .txt file.")
 
     @cached_property
     def paths(self) -> list[Path]:
         return [_find(file, self.name) for file in self.files]
+
+    @property
+    def absent(self) -> list[str]:
+        """Files that are not on this machine, nor in the hub's cache. Asks no network."""
+        return [file for file in self.files if _local(file) is None]
 
     def identity(self) -> Mapping[str, Any]:
         """What determines the tokens, for the cache key: contents, not paths. batch_size changes no sum."""
@@ -60,6 +81,7 @@ class Calibration:
             "sequences": self.sequences,
             "length": self.length,
             "seed": self.seed,
+            **({} if self.columns == TEXT else {"columns": self.columns}),
         }
 
     def tokens(self, model: Model) -> np.ndarray:
@@ -75,7 +97,8 @@ class Calibration:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         documents: list[list[int]] = []
         missing = sum(wanted)
-        for text in self._shuffled():
+        for document in self._shuffled():
+            text = self._text(document, tokenizer)
             documents.append(tokenizer(text, add_special_tokens=False)["input_ids"] + end)
             missing -= len(documents[-1])
             if missing <= 0 and (parts := _parts(documents, *wanted)):
@@ -89,8 +112,21 @@ class Calibration:
             f"{self.held_out} held out: {most}."
         )
 
-    def _shuffled(self) -> list[str]:
-        documents = [text for path in self.paths for text in _documents(path)]
+    def _text(self, document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+        if isinstance(document, str):
+            return document
+        if tokenizer.chat_template is None:
+            return "\n".join(str(message["content"]) for message in document)
+        try:
+            return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=False))
+        except Exception as error:  # a template may refuse a chat, in words of its own
+            raise UserError(
+                f"calibration {self.name!r}: the tokenizer's chat template cannot render a chat of the roles "
+                f"{[message.get('role') for message in document]}: {error}"
+            ) from error
+
+    def _shuffled(self) -> list[Document]:
+        documents = [document for path in self.paths for document in _documents(path, self.columns)]
         order = np.random.default_rng(self.seed).permutation(len(documents))
         return [documents[index] for index in order]
 
@@ -107,23 +143,97 @@ def _parts(documents: list[list[int]], first: int, second: int) -> tuple[list[in
 
 
 def _find(file: str, calibration: str) -> Path:
-    for candidate in (Path(file), ROOT / file):
-        if candidate.is_file():
-            return candidate.resolve()
+    """Where the file lies, fetched from the hub if need be. Raises UserError."""
+    if (found := _local(file)) is not None:
+        return found
+    if file.startswith(HUB):
+        return _fetched(file, calibration)
     raise UserError(
         f"calibration {calibration!r}: there is no file {file!r}. "
         "Name a .jsonl file with a text field per line, or a .txt file."
     )
 
 
-def _documents(path: Path) -> Iterator[str]:
+def _local(file: str) -> Path | None:
+    """The file on this machine or in the hub's cache; None if it is not there."""
+    if file.startswith(HUB):
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, path = _in_repository(file)
+        found = try_to_load_from_cache(repository, path, repo_type="dataset")
+        return Path(found) if isinstance(found, str) else None
+    return next((path.resolve() for path in (Path(file), ROOT / file) if path.is_file()), None)
+
+
+def _fetched(file: str, calibration: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repository, path = _in_repository(file)
+    try:
+        return Path(hf_hub_download(repository, path, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(
+            f"calibration {calibration!r}: {path} of the data set {repository} is not in the hub's cache and the hub "
+            f"did not give it ({type(error).__name__}). Check the network, that the data set has this file and that "
+            f"you may read it (hf auth login), or fetch it elsewhere and set calibration.files=[<file>]."
+        ) from error
+
+
+def _in_repository(file: str) -> tuple[str, str]:
+    """``hub:owner/name/path`` as repository and path. Raises UserError."""
+    parts = file.removeprefix(HUB).split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        raise UserError(f"{file} names no file on the hub. Write hub:owner/name/path/in/repository.")
+    return "/".join(parts[:2]), parts[2]
+
+
+def _documents(path: Path, columns: tuple[str, ...]) -> Iterator[Document]:
     if path.suffix == ".txt":
         yield from (part for part in path.read_text().split("\n\n") if part.strip())
         return
-    for number, line in enumerate(path.read_text().split("\n"), 1):
-        if not line.strip():
-            continue
+    try:
+        rows = list(_rows(path, columns))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    for number, row in rows:
         try:
-            yield json.loads(line)["text"]
+            yield _document(json.loads(row) if isinstance(row, str) else row, columns)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object with a text field.") from error
+            wanted = " or ".join(columns)
+            raise UserError(f"{path}, line {number}: not a JSON object with a {wanted} field.") from error
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, numbered from 1; a line of JSON is left as it stands."""
+    if path.suffix == ".parquet":
+        yield from enumerate(_table(path, columns), 1)
+        return
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    is_array = path.name.removesuffix(".gz").endswith(".json") and text.lstrip().startswith("[")
+    rows = json.loads(text) if is_array else text.split("\n")
+    yield from ((number, row) for number, row in enumerate(rows, 1) if not isinstance(row, str) or row.strip())
+
+
+def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, with those of the columns that it has."""
+    from pyarrow import parquet
+
+    wanted = {name for column in columns for name in column.split("+")}
+    with parquet.ParquetFile(path) as file:
+        return file.read([name for name in file.schema_arrow.names if name in wanted]).to_pylist()
+
+
+def _document(row: Any, columns: tuple[str, ...]) -> Document:
+    """What a row holds in the first of the columns that it has. Raises KeyError if it has none, or TypeError."""
+    if not isinstance(row, dict):
+        raise TypeError(type(row))
+    fitting = [names for column in columns if set(names := column.split("+")) <= row.keys()]
+    if not fitting:
+        raise KeyError(columns)
+    values = [row[name] for name in fitting[0]]
+    if len(values) == 1 and isinstance(values[0], str | list):
+        return values[0]
+    if not all(isinstance(value, str) for value in values) or len(values) == 1:
+        raise TypeError(fitting[0])
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), values, strict=True)]

@@ -19,7 +19,6 @@ from typing import Any
 
 from harness.errors import StageError
 
-
 LONGEST_FOLDER = 50  # for temporary files: a socket's whole path has at most 107 characters, of which vLLM takes 37
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*")
 
 _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
 _EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
@@ -97,21 +98,44 @@ class Model:
     """A model as ``conf/model/*.yaml`` names it.
 
     name: label in tables. path: a folder (absolute, or relative to the project), or a repository name on the Hugging
-    Face hub, fetched at ``revision`` when first used. build: the command that makes the folder.
+    Face hub, fetched at ``revision`` when first used. build: the command that makes the folder. domains: those of
+    ``conf/domain/`` that experiments test it on, separated by commas. outline: the fields of its config.json that fix
+    its size, and ``bytes`` per parameter of routed experts and of the rest, to know its size before it is here.
     """
 
     name: str
     path: str
     revision: str | None = None
     build: str | None = None
+    domains: str | None = None
+    outline: dict[str, Any] | None = field(default=None, compare=False)  # the files themselves say what a model is
 
     @cached_property
     def folder(self) -> Path:
         """The local folder of the checkpoint. Raises UserError if there is none and the hub cannot give it."""
-        for candidate in (Path(self.path), ROOT / self.path):
-            if candidate.is_dir():
-                return candidate.resolve()
-        return self._fetch()
+        return self._given or self._fetch()
+
+    @property
+    def _given(self) -> Path | None:
+        return next((path.resolve() for path in (Path(self.path), ROOT / self.path) if path.is_dir()), None)
+
+    @cached_property
+    def is_here(self) -> bool:
+        """Whether the checkpoint is a folder on this machine or whole in the hub's cache. Asks no network."""
+        from huggingface_hub import snapshot_download
+
+        if self._given is not None or self.build is not None or self.path.count("/") != 1:
+            return self._given is not None
+        try:
+            folder = snapshot_download(self.path, revision=self.revision, local_files_only=True)
+            tensors.inventory(Path(folder))
+        except (OSError, ValueError, UserError):  # the hub's own errors are OSErrors
+            return False
+        return (Path(folder) / "config.json").exists()
+
+    def outlined(self) -> Outlined | None:
+        """The model as its published config.json describes it, without files; None where that is not noted."""
+        return None if self.outline is None else Outlined(**asdict(self))
 
     def _fetch(self) -> Path:
         if self.build is not None:
@@ -233,6 +257,50 @@ class Model:
             self.folder, dtype=dtype, device_map=device_map, local_files_only=True
         )
         return model.eval()
+
+
+@dataclass(frozen=True)
+class Outlined(Model):
+    """A model that is not here: the tensors that its outline implies, by name, shape and size, without contents."""
+
+    @cached_property
+    def folder(self) -> Path:
+        raise UserError(f"model {self.name!r} is not on this machine.")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        assert self.outline is not None
+        return {name: value for name, value in self.outline.items() if name != "bytes"}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """As transformers builds the architecture on its meta device; tied parameters once."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        assert self.outline is not None
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.config))
+        once = {id(tensor): (name, tuple(tensor.shape)) for name, tensor in empty.state_dict(keep_vars=True).items()}
+        shapes = dict(once.values())
+        experts = experts_on_disk({name: _sized(shape, 0) for name, shape in shapes.items()}, self.expert_count)
+        size = self.outline["bytes"]
+        routed = {name: role(name, shape, experts).kind in ("expert", "fused") for name, shape in shapes.items()}
+        return {name: _sized(shape, size["routed" if routed[name] else "rest"]) for name, shape in shapes.items()}
+
+    @property
+    def is_observable(self) -> bool:
+        """Whether its experts go through transformers' experts interface, where calibration observes them."""
+        from transformers import AutoModelForCausalLM, PreTrainedModel
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[self.config["model_type"]]]
+        return isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind._can_set_experts_implementation()
+
+
+def _sized(shape: tuple[int, ...], bytes_per_parameter: float) -> Tensor:
+    """A tensor of this shape that is in no file."""
+    return Tensor(Path(), "outline", shape, 0, round(math.prod(shape) * bytes_per_parameter))
 
 
 def _sha256(file: Path) -> str:

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from harness import tables
 from harness.spec import CALIBRATED
 
 
@@ -43,10 +44,17 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
 def _lines(tidy: pd.DataFrame) -> pd.Series:
     lines = tidy["label"]
     for column, word in zip(CALIBRATED, ("on", "routing"), strict=True):
-        values = tidy[column]
-        if len(set(values) - {"none"}) > 1:
-            lines = lines.where(values == "none", lines + f" {word} " + values)
+        if column in tables.row_names(tidy):
+            lines = lines.where(tidy[column] == "none", lines + f" {word} " + tidy[column])
     return lines
+
+
+def colours(tidy: pd.DataFrame) -> dict[str, str]:
+    """The same colour for a method in every figure of a sweep; grey for the uncompressed model."""
+    labels = tidy[["label", "ratio"]].groupby("label", sort=False)["ratio"].max()
+    compressed = [str(label) for label, ratio in labels.items() if ratio > 0]
+    whole = {str(label): "0.3" for label in labels.index}
+    return whole | {label: f"C{position % 10}" for position, label in enumerate(compressed)}
 
 
 def draw(axes: Axes, rows: pd.DataFrame, labels: list[str]) -> None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from harness import tables
+from harness import items, separation, tables
 from harness.commandline import refuse_politely
+from harness.page import page
 from harness.plot import plot
 from harness.store import Store
 from harness.sweep import Sweep, expand
@@ -41,6 +42,7 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
         "error": found["error"],
         **{f"size_{name}": value for name, value in size.items()},
         **{f"original_{name}": value for name, value in original.items()},
+        **{f"peak_{name}": value for name, value in found.get("peak_memory", {}).items()},
         **{f"seconds_{name}": value for name, value in found.get("seconds", {}).items()},
         **_served(found.get("served", {})),
         **{f"count_{name}": value for name, value in found.get("counts", {}).items()},
@@ -77,16 +79,20 @@ def _made_by(provenance: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def show(sweep: Sweep) -> int:
-    """Print the sweep's tables, write them and the plot, and return the exit status: 1 if a cell failed."""
-    tidy = frame(sweep)
-    made = tables.all_of(tidy)
+def show(sweep: Sweep, arguments: Sequence[str]) -> int:
+    """Print the sweep's tables, write them, the plot and the page, and return the exit status: 1 if a cell failed.
+
+    arguments: the command line that asked for the sweep.
+    """
+    tidy, read = frame(sweep), items.read(sweep)
+    made = tables.all_of(tidy, separation.best(tidy, items.values(read)))
     print(tables.text(made), end="\n\n")
     print(tables.footer(tidy))
     for line in tables.failures(tidy):
         print(line)
     for path in write(sweep.store, sweep.name, tidy, made):
         print(path)
+    print(_file(sweep.store, "pages", f"{sweep.name}.html", page(sweep, tidy, read, arguments)))
     return 1 if (tidy["status"] == "failed").any() else 0
 
 
@@ -107,7 +113,8 @@ def _file(store: Store, kind: str, name: str, text: str) -> Path:
 
 @refuse_politely
 def main() -> int:
-    return show(expand(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    return show(expand(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from harness import report, scoring, stages
+from harness import bill, report, scoring, stages
 from harness.commandline import checked, refuse_politely
 from harness.plan import Plan
 from harness.spec import Cell, cell_of
@@ -72,11 +72,14 @@ def main() -> int:
     """Check every cell that is asked for, run them, print their table."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would fill a log file
-    sweep, arguments = checked(sys.argv[1:])
+    asked = sys.argv[1:]
+    sweep, arguments = checked(asked)
+    if sweep.dry_run:
+        return bill.show(sweep)
     sys.argv[1:] = arguments
     prepare_all(sweep)
     run_config()
-    return report.show(sweep)
+    return report.show(sweep, asked)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
     }
     if given is not None and made is not None:
         document["plan"] = made.digest
+        document["peak_memory"] = given.provenance.get("peak_memory", {})
         document["calibration_tokens"] = given.provenance.get("number_of_tokens", 0)
         document["size"] = asdict(checkpoint.measure(cell.model, made))
         document["seconds"] = {

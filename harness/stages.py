@@ -101,7 +101,9 @@ def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict
     from tqdm import tqdm
 
     from harness.calibrate import calibrate, packed_batches
+    from harness.memory import forget_peak, peak
 
+    forget_peak()
     start = time.perf_counter()
     model = cell.model.load(cell.calibration.dtype)
     batch_size = cell.calibration.batch_size
@@ -110,6 +112,7 @@ def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict
     about = {
         **fields,
         "seconds": time.perf_counter() - start,
+        "peak_memory": peak(),
         "number_of_tokens": int(ids.size),
         **provenance(),
     }

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.build import CONF, one_message
 from harness.errors import UserError
-from harness.spec import Cell, cell_of
+from harness.spec import Cell, cell_of, method_identity
 from harness.store import Store
+from tasks import Task
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every cell that a command line asks for: one, or the grid of a multirun."""
+    """Every cell that a command line asks for: one, or the grid of a multirun.
+
+    is_grid: whether a setting has several values, which Hydra must be told. absent: benchmarks that belong to what is
+    asked for and are not offered here, with the reason. dry_run: whether only the bill is wanted.
+    """
 
     name: str
     cells: tuple[Cell, ...]
     store: Store
-    is_grid: bool = True  # whether a setting has several values, which Hydra must be told
+    is_grid: bool = True
+    absent: Mapping[str, str] = field(default_factory=dict)
+    dry_run: bool = False
 
     @property
     def extras(self) -> list[str]:
@@ -58,25 +66,43 @@ def expand(overrides: Sequence[str]) -> Sweep:
             configs = [compose("config", overrides=list(job)) for job in grid]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_message(error)) from error
-    name = first.hydra.runtime.choices.get("sweep") or "run"
-    cells = tuple(cell_of(config) for config in configs)
+    choices = first.hydra.runtime.choices
+    name = choices.get("experiment") or choices.get("sweep") or "run"
+    absent = {benchmark: reason for config in configs for benchmark, reason in config.absent.items()}
+    cells = tuple(cell_of(config) for config in configs if config.suite.tasks or not config.absent)
+    dry_run = _dry_run(configs[0])
+    if not cells and not dry_run:
+        reasons = " ".join(f"{benchmark}: {reason}." for benchmark, reason in absent.items())
+        raise UserError(f"There is nothing to score here. {reasons}")
     _check_rows(cells)
     is_grid = any(override.is_sweep_override() for override in parsed)
-    return Sweep(name, cells, Store(Path(configs[0].store)), is_grid)
+    return Sweep(name, cells, Store(Path(configs[0].store)), is_grid, absent, dry_run)
+
+
+def _dry_run(config: DictConfig) -> bool:
+    if not isinstance(config.dry_run, bool):
+        raise UserError(f"dry_run={config.dry_run} is neither true nor false.")
+    return config.dry_run
 
 
 def _check_rows(cells: Sequence[Cell]) -> None:
     """Raise UserError if cells that differ would share a row of the table, where they would be mixed up."""
-    rows: dict[tuple, Cell] = {}
+    rows: dict[tuple, tuple] = {}
     for cell in cells:
         for task in cell.tasks:
-            row = (*cell.row, task.name)
-            if rows.setdefault(row, cell).record_name(task) != cell.record_name(task):
+            row, settings = (*cell.row, task.name), _settings(cell, task)
+            if rows.setdefault(row, settings) != settings:
                 raise UserError(
                     f"Two cells of this sweep would share the table row {', '.join(map(str, row))} though they differ. "
                     "Sweep over method, ratio, seed, or models and calibrations with names of their own; run anything "
                     "else on its own."
                 )
+
+
+def _settings(cell: Cell, task: Task) -> tuple:
+    """What was asked for, as far as it can change a score. Reads no file: neither model nor text need be here yet."""
+    text = replace(cell.calibration, batch_size=1) if cell.calibrates else None
+    return cell.model, method_identity(cell.method), text, task, cell.serve.identity()
 
 
 def _single(arguments: Sequence[str]) -> list[str]:

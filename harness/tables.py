@@ -6,7 +6,8 @@ A cell without a record shows "—", a failed one "✗"; neither is ever average
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -19,40 +20,55 @@ DEGENERATE = ("empty", "length_capped", "looping")
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
-def by_row(tidy: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
-    """The table's rows, named by `row_names`, each with its part of the tidy frame: all seeds, tasks and metrics."""
-    names = row_names(tidy)
-    for values, group in tidy.groupby([column for column in CELL if column != "seed"], sort=False):
-        row = {**dict(zip(CELL, values, strict=False)), "method": values[CELL.index("label")]}
-        yield tuple(f"{row[name]:.4g}" if name == "ratio" else str(row[name]) for name in names), group
+def by_row(tidy: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """A table's rows by these names, each with its part of the tidy frame: all seeds, tasks and metrics."""
+    columns = ["label" if name == "method" else name for name in names]
+    for values, group in tidy.groupby(columns, sort=False):
+        yield tuple(f"{v:.4g}" if name == "ratio" else str(v) for name, v in zip(names, values, strict=True)), group
 
 
-def row_names(tidy: pd.DataFrame) -> list[str]:
-    """What names a row: how a method was calibrated only where there are several ways to tell apart."""
+def plan_names(tidy: pd.DataFrame) -> list[str]:
+    """What names a plan: how a method was calibrated only where there are several ways to tell apart."""
     several = [column for column in CALIBRATED if len(set(tidy[column]) - {"none"}) > 1]
     return ["model", "method", *several, "ratio"]
 
 
-def scores(tidy: pd.DataFrame) -> pd.DataFrame:
+def row_names(tidy: pd.DataFrame) -> list[str]:
+    """What names a row of scores: the same, but for experiments that calibrate each task on a text of its own; their
+    row holds the scores of several plans.
+    """
+    read = {column: tidy[tidy[column] != "none"] for column in CALIBRATED}
+    each = ["model", "label", "ratio", "task"]
+    several = [name for name, rows in read.items() if (rows.groupby(each)[name].nunique() > 1).any()]
+    return ["model", "method", *several, "ratio"]
+
+
+Best = Collection[tuple[tuple[str, ...], str, str]]  # rows, tasks and metrics (`harness.separation.best`)
+
+
+def scores(tidy: pd.DataFrame, best: Best = ()) -> pd.DataFrame:
     """One row per method, ratio and (if there are several) calibration set, one column per task and metric:
-    ``value ± standard error (difference)`` in points.
+    ``value ± standard error (difference)`` in points; the value in bold (Markdown's ``**``) for those in ``best``.
 
     With several seeds the value is their mean and ± their standard deviation. The difference is from the uncompressed
     model's value on the same task.
     """
     columns = [(task, metric) for task in tidy["task"].unique() for metric in _known_metrics(tidy, task)]
     return _table(
-        tidy,
         {
-            name: {_title(tidy, task, metric): _entry(tidy, group, task, metric) for task, metric in columns}
-            for name, group in by_row(tidy)
+            name: {
+                _title(tidy, task, metric): _entry(tidy, group, task, metric, (name, task, metric) in best)
+                for task, metric in columns
+            }
+            for name, group in by_row(tidy, row_names(tidy))
         },
+        row_names(tidy),
     )
 
 
-def _table(tidy: pd.DataFrame, rows: dict[tuple[str, ...], dict[str, str]]) -> pd.DataFrame:
+def _table(rows: dict[tuple[str, ...], dict[str, str]], names: list[str]) -> pd.DataFrame:
     result = pd.DataFrame.from_dict(rows, orient="index")
-    result.index = pd.MultiIndex.from_tuples(rows, names=row_names(tidy))
+    result.index = pd.MultiIndex.from_tuples(rows, names=names)
     return result
 
 
@@ -68,7 +84,7 @@ def _title(tidy: pd.DataFrame, task: str, metric: str | None) -> str:
     return f"{task} {metric} (n={', '.join(f'{n:.0f}' for n in numbers)})"
 
 
-def _entry(tidy: pd.DataFrame, group: pd.DataFrame, task: str, metric: str | None) -> str:
+def _entry(tidy: pd.DataFrame, group: pd.DataFrame, task: str, metric: str | None, is_best: bool) -> str:
     here = group[group["task"] == task]
     seeds = here["seed"].nunique(dropna=False)
     failed, absent = here[here["status"] == "failed"], here[here["status"] == "not run"]
@@ -79,6 +95,7 @@ def _entry(tidy: pd.DataFrame, group: pd.DataFrame, task: str, metric: str | Non
     values = here[here["metric"] == metric]
     spread = values["stderr"].iloc[0] if len(values) == 1 else values["value"].std(ddof=1)
     text = f"{100 * values['value'].mean():.1f} ± {100 * spread:.1f}"
+    text = f"**{text}**" if is_best else text
     base = _baseline(tidy[tidy["model"] == group["model"].iloc[0]], task, metric)
     if base is None or (group["ratio"] == 0).all():
         return text
@@ -98,11 +115,11 @@ def costs(tidy: pd.DataFrame) -> pd.DataFrame:
 def _of_one_seed(tidy: pd.DataFrame, describe: Callable[[pd.DataFrame], dict[str, str]]) -> pd.DataFrame:
     """A table of what ``describe`` says of each row's first seed, one line per task."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for name, group in by_row(tidy):
+    for name, group in by_row(tidy, plan_names(tidy)):
         done = group[group["status"] == "done"]
         first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
         rows[name] = describe(first)
-    return _table(tidy, rows).fillna(NOT_RUN)
+    return _table(rows, plan_names(tidy)).fillna(NOT_RUN)
 
 
 def _cost(rows: pd.DataFrame) -> dict[str, str]:
@@ -117,6 +134,7 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
         "MB distinct": f"{row['size_distinct_bytes'] / 1e6:.2f}",
         **{f"{stage} s": f"{row[f'seconds_{stage}']:.1f}" for stage in STAGES[:-1]},
         "score s": f"{rows['seconds_score'].sum():.1f}",
+        "calibrate peak MB": _number(row.get("peak_gpu", row.get("peak_ram")), 1e-6, ".0f"),
     }
 
 
@@ -157,15 +175,15 @@ def errors(tidy: pd.DataFrame) -> pd.DataFrame:
     }
     rows = {
         name: {title: f"{group[column].mean():.4f}" for column, title in titles.items()}
-        for name, group in by_row(tidy)
+        for name, group in by_row(tidy, plan_names(tidy))
         if "reconstruction" in tidy and group["reconstruction"].notna().all()
     }
-    return _table(tidy, rows) if rows else pd.DataFrame()
+    return _table(rows, plan_names(tidy)) if rows else pd.DataFrame()
 
 
-def all_of(tidy: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def all_of(tidy: pd.DataFrame, best: Best = ()) -> dict[str, pd.DataFrame]:
     """The tables of a sweep by what they show: a row for every cell or, of many ratios, a column for every ratio."""
-    shown, wrong = scores(tidy), errors(tidy)
+    shown, wrong = scores(tidy, best), errors(tidy)
     if not is_by_ratio(tidy):
         made = {"scores": shown, "costs": costs(tidy), "serving": serving(tidy), "errors": wrong}
         return {name: table for name, table in made.items() if len(table)}
@@ -237,12 +255,23 @@ def footer(tidy: pd.DataFrame) -> str:
             " Merged experts are copied to every router row a stock checkpoint needs: 'MB written' is that checkpoint, "
             "'MB distinct' what it would be if each distinct expert were stored once."
         )
-    made_by = ", ".join(_distinct(done, column) for column in ("commit", "machine", "versions"))
     errors_line = (
         "Reconstruction error: squared error of a MoE block's output over its squared size, on held-out calibration "
         "tokens, routed anew."
     )
-    lines = [scores_line, cells_line, errors_line, agreement(tidy), stage_times(tidy), f"{records} records; {made_by}."]
+    bold_line = (
+        "Bold: better than every other row of its model and ratio on the same items by more than chance (5 %, paired, "
+        "corrected after Holm); where none is bold, no best was found."
+    )
+    lines = [
+        scores_line,
+        bold_line,
+        cells_line,
+        errors_line,
+        agreement(tidy),
+        stage_times(tidy),
+        f"{records} records; {made_by(done)}.",
+    ]
     return "\n".join(line for line in lines if line)
 
 
@@ -262,6 +291,11 @@ def stage_times(tidy: pd.DataFrame) -> str:
         "score": done["seconds_score"].sum(),
     }
     return "Seconds in all: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()) + "."
+
+
+def made_by(done: pd.DataFrame) -> str:
+    """Commits, machines and versions of the records of these rows."""
+    return ", ".join(_distinct(done, column) for column in ("commit", "machine", "versions"))
 
 
 def _distinct(tidy: pd.DataFrame, column: str) -> str:
@@ -293,4 +327,4 @@ def latex(table: pd.DataFrame, caption: str) -> str:
     written = table.reset_index().to_latex(index=False, escape=True, caption=caption.replace("_", r"\_"))
     for sign, spelling in {"±": r"$\pm$", NOT_RUN: "--", FAILED: r"$\times$"}.items():
         written = written.replace(sign, spelling)
-    return written
+    return re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", written)

@@ -55,10 +55,29 @@ class Score:
     answering_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Item:
+    """One problem and what a model made of it, for comparing models problem by problem.
+
+    id: unique in its benchmark. prompt, answer, expected: texts; expected is None where no single answer is right.
+    values: what the answer is worth, by the metric's name in `Score.metrics`.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    expected: str | None
+    values: Mapping[str, float]
+
+
 class Task(Protocol):
     """A benchmark. ``identity`` is everything that determines its numbers except the model; it is hashed into keys."""
 
     name: str
+
+    @property
+    def kind(self) -> str:
+        """What the model is asked for: ``code``, ``generation`` (of text) or ``multiple choice``."""
 
     def check(self) -> None:
         """Raise UserError, before any work, if the task cannot run on this machine (a file is missing, ...)."""
@@ -68,3 +87,6 @@ class Task(Protocol):
 
     def score(self, llm: LLM, workdir: Path) -> Score:
         """Score the model. Raises StageError for any failed, partial or non-finite result, never a smaller n."""
+
+    def items(self, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
+        """The problems behind a score, from the rows of `Score.samples`, in their order."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StageError, UserError
-from tasks import LLM, Metric, Score
+from tasks import LLM, Item, Metric, Score
 from tasks.completions import Completion, complete, degenerate
 from tasks.evalplus_judge import SANDBOX, SCRATCH
 
@@ -54,6 +54,8 @@ class EvalPlus:
     request_timeout_s: float = 600
     judge_timeout_s: float = 3600
     memory_gib: int = 4
+
+    kind = "code"
 
     def check(self) -> None:
         """Raise UserError if EvalPlus or the file is missing, a problem lacks a field, or there is no sandbox."""
@@ -108,6 +110,20 @@ class EvalPlus:
         ]
         counts = {**degenerate(completions), **_ends(samples)}
         return Score(_metrics(samples), samples, counts, answering_s)
+
+    def items(self, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
+        """pass@1 of each problem is 0 or 1."""
+        problems = {problem["task_id"]: problem for problem in self._problems()}
+        return [
+            Item(
+                sample["task_id"],
+                problems[sample["task_id"]]["prompt"],
+                sample["completion"],
+                None,
+                {name: float(passed) for name, passed in _passed(sample).items()},
+            )
+            for sample in samples
+        ]
 
     @cached_property
     def _path(self) -> Path:
@@ -260,10 +276,14 @@ def _sample(problem: Mapping[str, Any], completion: Completion, verdict: Mapping
 
 
 def _metrics(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
-    """pass@1 as EvalPlus defines it: ``plus`` needs the base tests and the additional ones."""
-    base = [sample["base_status"] == "pass" for sample in samples]
-    plus = [passed and sample["plus_status"] == "pass" for passed, sample in zip(base, samples, strict=True)]
-    return {"base_pass@1": _share(base), "plus_pass@1": _share(plus)}
+    passed = [_passed(sample) for sample in samples]
+    return {name: _share([one[name] for one in passed]) for name in passed[0]}
+
+
+def _passed(sample: Mapping[str, Any]) -> dict[str, bool]:
+    """As EvalPlus defines it: ``plus`` needs the base tests and the additional ones."""
+    base = sample["base_status"] == "pass"
+    return {"base_pass@1": base, "plus_pass@1": base and sample["plus_status"] == "pass"}
 
 
 def _share(passed: Sequence[bool]) -> Metric:

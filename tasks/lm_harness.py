@@ -23,7 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 from harness.errors import StageError, UserError
-from tasks import LLM, Metric, Score
+from tasks import LLM, Item, Metric, Score
 from tasks.completions import is_looping
 from tasks.lm_task import ROOT, TaskFile, task_paths
 
@@ -62,6 +62,12 @@ class LmEval:
         for file in self._files:
             file.check()
 
+    @property
+    def kind(self) -> str:
+        """By lm-eval's ``output_type``."""
+        generates = self._files[0].config["output_type"] == "generate_until"
+        return "generation" if generates else "multiple choice"
+
     def identity(self) -> dict[str, Any]:
         """lm-eval's version, the task files and their local data by content, and the number of items."""
         return {
@@ -78,6 +84,18 @@ class LmEval:
                 os.environ.setdefault(variable, "1")
         client = _client(llm, self.batch_size, self.timeout_s)
         return self.evaluate(client, workdir)
+
+    def items(self, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
+        """One for each document; metrics of several filters together, named as in the score."""
+        kinds = Counter(metric for kind in {row["filter"]: row for row in samples}.values() for metric in _worth(kind))
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        first: dict[str, Mapping[str, Any]] = {}
+        for row in samples:
+            name = f"{row['task']}/{row['doc_id']}"
+            first.setdefault(name, row)
+            for metric, value in _worth(row).items():
+                values[name][metric if kinds[metric] == 1 else f"{metric}:{row['filter']}"] = float(value)
+        return [Item(name, row["prompt"], *_answers(row), values[name]) for name, row in first.items()]
 
     def evaluate(self, model: Any, workdir: Path) -> Score:
         """Score a model given as an object of lm-eval, served or not: the same items, prompts, filters and metrics."""
@@ -258,7 +276,7 @@ def _counts(by_filter: Mapping[str, Sequence[Mapping[str, Any]]], capped: int) -
 
 
 def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """One item in JSON values: what was asked, what came back, what it was worth."""
+    """One item in JSON values: what was asked, what came back, what it was worth (fields that are not in ``ROW``)."""
     return {
         "task": sample["task"],
         "doc_id": sample["doc_id"],
@@ -271,3 +289,20 @@ def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
         "filtered": sample["filtered_resps"],
         **{metric: sample[metric] for metric in sample["metrics"]},
     }
+
+
+ROW = ("task", "doc_id", "filter", "prompt_hash", "prompt", "target", "choices", "responses", "filtered")
+
+
+def _worth(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ROW}
+
+
+def _answers(row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The model's answer and the right one, as texts: of choices, the likeliest and the one that the target names."""
+    choices, responses, target = row["choices"], row["responses"], row["target"]
+    if not choices:
+        return str(responses[0][0]), str(target)
+    likeliest = max(range(len(choices)), key=lambda place: responses[place][0][0])
+    place = int(target) if str(target).isdecimal() and int(target) < len(choices) else None
+    return choices[likeliest], str(target) if place is None else choices[place]

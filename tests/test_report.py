@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from harness import plot, report, tables
-from harness.spec import Cell
+from harness import plot, report, scoring, tables
+from harness.spec import Cell, Row
 from harness.store import Store
 from harness.sweep import Sweep
+from tasks import Item
 
 
 @dataclass(frozen=True)
 class FakeTask:
     name: str
+    kind: str = "generation"
+
+    def items(self, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
+        return [
+            Item(f"{self.name}/{i}", f"problem {i}", row["text"], "42", {"acc": row["acc"]})
+            for i, row in enumerate(samples)
+        ]
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,14 @@ class FakeCell:
         return self.ratio > 0
 
     @property
-    def row(self) -> dict[str, Any]:
+    def slug(self) -> str:
+        return f"{self.model.name}-{self.label}-{self.ratio}-{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        return {"slug": self.slug}
+
+    @property
+    def row(self) -> Row:
         return Cell.row.fget(self)  # type: ignore[attr-defined]
 
     def record_name(self, task: FakeTask) -> str:
@@ -79,8 +96,17 @@ def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | No
         "provenance": {"commit": "abc", "changed": False, "versions": {"torch": "2"}, "processor": "cpu", "cores": 2},
     }
     if value is not None:
+        record["score"] = f"{cell.record_name(task)}-score.json"
         record["metrics"] = {"acc": {"value": value, "stderr": 0.02, "n": 300, "higher_is_better": True}}
     store.write_json("records", cell.record_name(task), {**record, **more})
+
+
+def write_items(store: Store, cell: FakeCell, task: FakeTask, worth: Sequence[float], text: str = "an answer") -> None:
+    """A record, and the samples behind it."""
+    write_record(store, cell, task, float(np.mean(worth)))
+    name = scoring._samples_name(f"{cell.record_name(task)}-score.json")
+    rows = [{"acc": value, "text": f"{text} {i}"} for i, value in enumerate(worth)]
+    store.put("samples", name, lambda path: scoring._write_samples(path, rows))
 
 
 def sweep_of(tmp_path: Path, cells: list[FakeCell]) -> Sweep:
@@ -181,13 +207,13 @@ def test_the_plot_draws_a_point_only_when_all_its_seeds_are_there(
 
 def test_nothing_run_at_all_is_a_table_of_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(tmp_path, [FakeCell("REAP", 0.25)])
-    assert report.show(sweep) == 0
+    assert report.show(sweep, []) == 0
     assert "| toy | REAP | 0.25 | —" in re.sub(r" +", " ", capsys.readouterr().out)
 
 
 def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = filled(tmp_path)
-    assert report.show(sweep) == 1, "a failed cell makes the exit status 1"
+    assert report.show(sweep, ["sweep=toy"]) == 1, "a failed cell makes the exit status 1"
     printed = capsys.readouterr().out
     for kind, suffix in [
         ("tables", "md"),
@@ -195,6 +221,7 @@ def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFi
         ("tables", "tex"),
         ("figures", "png"),
         ("figures", "pdf"),
+        ("pages", "html"),
     ]:
         path = tmp_path / kind / f"toy.{suffix}"
         assert path.stat().st_size > 200
@@ -280,3 +307,17 @@ def test_models_are_not_mixed_when_errors_are_compared_with_scores(tmp_path: Pat
     tidy = report.frame(sweep_of(tmp_path, cells))
     assert "sums acc -1.00" in tables.agreement(tidy)
     assert tables.agreement(tidy.assign(value=0.5)) == "", "of equal scores no order can be told"
+
+
+def test_an_experiment_that_calibrates_for_each_task_has_one_row_for_its_scores(tmp_path: Path) -> None:
+    """Code calibrated on code, facts on facts: one row of scores, but two plans with sizes of their own."""
+    pairs = [(FakeTask("code"), FakeCalibration("code")), (FakeTask("facts"), FakeCalibration("facts"))]
+    cells = [FakeCell("REAP", 0.5, 0, (task,), calibration=on) for task, on in pairs]
+    sweep = sweep_of(tmp_path, cells)
+    for cell, value in zip(cells, (0.5, 0.2), strict=True):
+        write_record(sweep.store, cell, cell.tasks[0], value)
+    tidy = report.frame(sweep)
+    assert tables.scores(tidy).to_dict("index") == {
+        ("toy", "REAP", "0.5"): {"code acc (n=300)": "50.0 ± 2.0", "facts acc (n=300)": "20.0 ± 2.0"}
+    }
+    assert tables.costs(tidy).index.tolist() == [("toy", "REAP", "code", "0.5"), ("toy", "REAP", "facts", "0.5")]

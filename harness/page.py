@@ -1,0 +1,181 @@
+"""The report of a sweep as one HTML file that needs no network: tables, figures, problems side by side, provenance.
+
+Everything in it is read from the store; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from harness import claims, figures, separation, tables
+from harness.figures import Figure
+from harness.items import Items, Values, values
+from harness.plot import plot
+from harness.spec import Row
+from harness.sweep import Sweep
+from tasks import Item
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+ANSWERS = 40  # rows of which answers are shown: a page of hundreds would take minutes to open
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: words, then tables (each cell Markdown with bold alone), then figures."""
+
+    id: str
+    title: str
+    words: Sequence[str] = ()
+    tables: Sequence[dict[str, Any]] = ()
+    figures: Sequence[dict[str, str]] = ()
+    wraps: bool = False
+
+
+@dataclass
+class _Texts:
+    """Texts by their number, each kept once: most answers of two models are the same."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+def page(sweep: Sweep, tidy: pd.DataFrame, read: Items, arguments: Sequence[str]) -> str:
+    """The whole file. tidy: of `harness.report.frame`. read: of `harness.items.read`. arguments: the command's."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
+    done = tidy[tidy["status"] == "done"]
+    command = " ".join(arguments)
+    return environment.get_template(TEMPLATE.name).render(
+        title=f"MoE compression bench: {sweep.name}",
+        summary=_summary(tidy),
+        sections=list(_sections(sweep, tidy, values(read))),
+        problems=problems(read),
+        command=f"./bench run {command}",
+        page_command=f"./bench table {command}",
+        provenance=f"{tables.stage_times(tidy)}\n{tables.made_by(done)}",
+    )
+
+
+def _summary(tidy: pd.DataFrame) -> str:
+    rows = tidy.drop_duplicates([*tables.CELL, "task"])
+    states = {state: int((rows["status"] == state).sum()) for state in ("done", "failed", "not run")}
+    counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
+    return f"{tidy['label'].nunique()} methods, {tidy['task'].nunique()} tasks, {len(rows)} scores: {counts}."
+
+
+def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values) -> Iterator[Section]:
+    made = tables.all_of(tidy, separation.best(tidy, known))
+    of_scores = {title: table for title, table in made.items() if title not in ("costs", "serving", "errors")}
+    lines = tables.footer(tidy).splitlines()
+    failed = tables.failures(tidy)
+    yield Section(
+        "scores",
+        "Scores",
+        [*lines[:3], *failed],
+        [_table(table) for table in of_scores.values()],
+        list(_drawn([_scores_figure(tidy)] if (tidy["status"] == "done").any() else [])),
+    )
+    tests = separation.against_uncompressed(tidy, known)
+    if len(tests):
+        words = (
+            "The same problems under both models. Pass or fail with one seed: McNemar's exact test, and an interval "
+            "after Agresti and Min; otherwise Student's t over items and seeds. p is corrected over the rows of a task "
+            "(Holm). “No difference found” is not “no difference”: the interval says what could not be ruled out."
+        )
+        yield Section("tests", "Against the uncompressed model", [words], [_table(tests, index=False)])
+    seeds = separation.over_seeds(tidy)
+    if len(seeds):
+        words = (
+            "A seed draws the calibration text (and what a method chooses at random); the interval is Student's over "
+            "the seeds' scores and says nothing about the choice of problems."
+        )
+        yield Section("seeds", "Over seeds", [words], [_table(seeds, index=False)])
+    kinds = {task.name: task.kind for cell in sweep.cells for task in cell.tasks}
+    if found := claims.findings(tidy, known, kinds):
+        words = (
+            "What the paper says of large models, put to the test on the rows of this sweep. A verdict holds for these "
+            "rows alone; p is corrected over the places where a claim was tested (Holm)."
+        )
+        judged = _table(claims.table(found), index=False)
+        yield Section("claims", "The paper's claims here", [words], [judged], wraps=True)
+    yield Section("figures", "Figures", [], [], list(_drawn(figures.of_sweep(sweep, tidy))))
+    rest = [made[name] for name in ("costs", "serving", "errors") if name in made]
+    if rest:
+        yield Section("cost", "Size, cost, serving, errors by layer", lines[3:4], [_table(table) for table in rest])
+
+
+def _scores_figure(tidy: pd.DataFrame) -> Figure:
+    caption = "Score against the share of experts removed; bars are standard errors, or deviations over seeds."
+    return Figure("Scores", caption, functools.partial(plot, tidy))
+
+
+def _drawn(found: Iterable[Figure]) -> Iterator[dict[str, str]]:
+    """Figures as PNG in base64."""
+    with tempfile.TemporaryDirectory(prefix="page-") as folder:
+        for figure in found:
+            path = Path(folder) / "figure.png"
+            figure.draw("png", path)
+            png = base64.b64encode(path.read_bytes()).decode()
+            yield {"title": figure.title, "caption": figure.caption, "png": png}
+
+
+def _table(table: pd.DataFrame, index: bool = True) -> dict[str, Any]:
+    """Columns, and rows of cells: text, and whether it is bold."""
+    whole = table.reset_index() if index else table
+    rows = [[_cell(str(value)) for value in row] for row in whole.itertuples(index=False, name=None)]
+    return {"columns": [str(column) for column in whole], "rows": rows}
+
+
+def _cell(text: str) -> dict[str, Any]:
+    return {"text": text.replace("**", ""), "bold": "**" in text}
+
+
+def problems(read: Items) -> dict[str, Any] | None:
+    """Every problem with what each row (its first seed) answered, as JSON for the page; None without any score.
+
+    models: names of rows. tasks: name; items: [id, prompt, expected]; answers: for each row [right, answer] per item,
+    or null. texts: what the numbers stand for. An answer is right where its first metric is at its best.
+    """
+    texts = _Texts()
+    seeds: dict[str, int | None] = {}
+    for row, _ in read:
+        seeds.setdefault(_name(row), row.seed)
+    shown = list(seeds)[:ANSWERS]
+    tasks: dict[str, dict[str, Any]] = {}
+    for (row, task), items in read.items():
+        name = _name(row)
+        if name not in shown or row.seed != seeds[name]:
+            continue
+        asked = [[item.id, texts(item.prompt), item.expected and texts(item.expected)] for item in items]
+        entry = tasks.setdefault(task, {"name": task, "items": asked, "answers": [None] * len(shown)})
+        if asked == entry["items"]:
+            entry["answers"][shown.index(name)] = [[int(_is_right(item)), texts(item.answer)] for item in items]
+    if not tasks:
+        return None
+    found = {"models": shown, "tasks": list(tasks.values()), "texts": list(texts.numbers), "start": 1}
+    words = ""
+    if len(seeds) > ANSWERS:
+        words = f"The first {ANSWERS} rows; the answers of {len(seeds) - ANSWERS} more are in the store (samples/)."
+    # "</script>" in an answer must not end the script
+    return {"json": Markup(json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")), "left_out": words}
+
+
+def _is_right(item: Item) -> bool:
+    return next(iter(item.values.values())) == 1
+
+
+def _name(row: Row) -> str:
+    on = "" if row.calibration == "none" else f" on {row.calibration}"
+    return f"{row.model} {row.label}" + (f" {100 * row.ratio:.4g} %{on}" if row.ratio else "")
