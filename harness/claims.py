@@ -18,6 +18,7 @@ from harness import tables
 from harness.items import Values, matrix, rows_of
 from harness.separation import p_value
 from harness.significance import LEVEL, Difference, difference, holm
+from harness.spec import Row
 
 PRUNING, MERGING = ("Frequency", "EAN", "REAP"), ("HC-SMoE", "M-SMoE")
 HOLDS, CONTRADICTED, OPEN = "holds", "contradicted", "no difference found"
@@ -37,8 +38,12 @@ class Finding:
     verdict: str
 
 
-def findings(tidy: pd.DataFrame, known: Values, kinds: Mapping[str, str]) -> list[Finding]:
-    """Every claim on every model. kinds: of tasks, "code", "generation" or "multiple choice" (`tasks.Task.kind`)."""
+def findings(
+    tidy: pd.DataFrame, known: Values, kinds: Mapping[str, str], distortions: Mapping[Row, Mapping[int, float]]
+) -> list[Finding]:
+    """Every claim on every model. kinds: of tasks, "code", "generation" or "multiple choice" (`tasks.Task.kind`).
+    distortions: of each layer (`harness.analyse`), where they were measured.
+    """
     done = tidy[tidy["status"] == "done"]
     found: list[Finding] = []
     for _, of_model in done.groupby("model", sort=False):
@@ -63,7 +68,7 @@ def findings(tidy: pd.DataFrame, known: Values, kinds: Mapping[str, str]) -> lis
                 f"REAP minus {other}",
             )
         found += _calibration(of_model, known, kinds)
-        found += _late_layers(of_model)
+        found += _late_layers(of_model, distortions)
     return found
 
 
@@ -191,23 +196,34 @@ def _calibration(tidy: pd.DataFrame, known: Values, kinds: Mapping[str, str]) ->
     return _family("The wrong calibration text destroys code", gaps, "calibrated on code minus on the other text")
 
 
-def _late_layers(tidy: pd.DataFrame) -> list[Finding]:
-    """Spearman's correlation of depth with a layer's reconstruction error, the mean over merged plans; p from all (or
-    10,000 random) orders of the layers.
-    """
+def _late_layers(tidy: pd.DataFrame, distortions: Mapping[Row, Mapping[int, float]]) -> list[Finding]:
+    """By the manifold distortion of merged plans, as the paper draws it, and by their reconstruction error."""
     columns = [str(name) for name in tidy if str(name).startswith("reconstruction_layer_")]
     columns.sort(key=lambda name: int(name.rpartition("_")[2]))
     merged = tidy[tidy["label"].isin(MERGING)].drop_duplicates(tables.CELL)
-    errors = merged[columns].dropna().to_numpy() if columns else np.empty((0, 0))
-    if len(errors) == 0 or len(columns) < 3:
-        return []
-    found = _depth(errors, np.arange(len(columns)))
-    p = np.mean([_depth(errors, order) >= found - 1e-12 for order in _orders(len(columns))])
+    moved = [[*distortions[row].values()] for row in rows_of(merged) if distortions.get(row)]
+    measures = {
+        "manifold distortion": np.array(moved),
+        "reconstruction error": merged[columns].dropna().to_numpy(float) if columns else np.empty((0, 0)),
+    }
+    return [
+        _by_depth(str(merged["model"].iloc[0]), name, plans)
+        for name, plans in measures.items()
+        if plans.ndim == 2 and len(plans) and plans.shape[1] > 2
+    ]
+
+
+def _by_depth(model: str, name: str, plans: np.ndarray) -> Finding:
+    """Spearman's correlation of depth with a number of each layer, float [plans, layers], the mean over plans; p from
+    all (or 10,000 random) orders of the layers.
+    """
+    layers = plans.shape[1]
+    found = _depth(plans, np.arange(layers))
+    p = float(np.mean([_depth(plans, order) >= found - 1e-12 for order in _orders(layers)]))
     verdict = OPEN if min(p, 1 - p) >= LEVEL else (HOLDS if found > 0 else CONTRADICTED)
-    words = f"mean rank correlation of depth and error {found:+.2f}"
-    test = f"permutation of {len(columns)} layers, one-sided, {len(errors)} plans"
-    claim = "Late layers collapse more under merging"
-    return [Finding(claim, str(merged["model"].iloc[0]), words, test, p_value(float(p)), verdict)]
+    words = f"mean rank correlation of depth and {name} {found:+.2f}"
+    test = f"permutation of {layers} layers, one-sided, {len(plans)} plans"
+    return Finding("Late layers collapse more under merging", f"{model}, {name}", words, test, p_value(p), verdict)
 
 
 def _depth(errors: np.ndarray, depth: np.ndarray) -> float:

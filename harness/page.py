@@ -9,7 +9,7 @@ import base64
 import functools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from harness import claims, figures, separation, tables
+from harness import analyse, analysis_figures, claims, figures, separation, tables
+from harness.analyses import Analysis
 from harness.figures import Figure
 from harness.items import Items, Values, values
 from harness.plot import plot
@@ -52,15 +53,19 @@ class _Texts:
         return self.numbers.setdefault(text, len(self.numbers))
 
 
-def page(sweep: Sweep, tidy: pd.DataFrame, read: Items, arguments: Sequence[str]) -> str:
-    """The whole file. tidy: of `harness.report.frame`. read: of `harness.items.read`. arguments: the command's."""
+def page(
+    sweep: Sweep, tidy: pd.DataFrame, read: Items, analyses: Mapping[Row, Analysis], arguments: Sequence[str]
+) -> str:
+    """The whole file. tidy: of `harness.report.frame`. read: of `harness.items.read`. analyses: of
+    `harness.analyse.load`, none if nothing was analysed. arguments: the command's.
+    """
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
     done = tidy[tidy["status"] == "done"]
     command = " ".join(arguments)
     return environment.get_template(TEMPLATE.name).render(
         title=f"MoE compression bench: {sweep.name}",
         summary=_summary(tidy),
-        sections=list(_sections(sweep, tidy, values(read))),
+        sections=list(_sections(sweep, tidy, values(read), analyses)),
         problems=problems(read),
         command=f"./bench run {command}",
         page_command=f"./bench table {command}",
@@ -75,7 +80,7 @@ def _summary(tidy: pd.DataFrame) -> str:
     return f"{tidy['label'].nunique()} methods, {tidy['task'].nunique()} tasks, {len(rows)} scores: {counts}."
 
 
-def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values) -> Iterator[Section]:
+def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values, analyses: Mapping[Row, Analysis]) -> Iterator[Section]:
     made = tables.all_of(tidy, separation.best(tidy, known))
     of_scores = {title: table for title, table in made.items() if title not in ("costs", "serving", "errors")}
     lines = tables.footer(tidy).splitlines()
@@ -103,7 +108,7 @@ def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values) -> Iterator[Secti
         )
         yield Section("seeds", "Over seeds", [words], [_table(seeds, index=False)])
     kinds = {task.name: task.kind for cell in sweep.cells for task in cell.tasks}
-    if found := claims.findings(tidy, known, kinds):
+    if found := claims.findings(tidy, known, kinds, {row: one.distortions for row, one in analyses.items()}):
         words = (
             "What the paper says of large models, put to the test on the rows of this sweep. A verdict holds for these "
             "rows alone; p is corrected over the places where a claim was tested (Holm)."
@@ -111,6 +116,10 @@ def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values) -> Iterator[Secti
         judged = _table(claims.table(found), index=False)
         yield Section("claims", "The paper's claims here", [words], [judged], wraps=True)
     yield Section("figures", "Figures", [], [], list(_drawn(figures.of_sweep(sweep, tidy))))
+    if analyses:
+        table = analyse.table(analyse.frame(analyses))
+        drawn = list(_drawn(analysis_figures.all_figures(sweep, analyses)))
+        yield Section("analyses", "The paper's analyses here", [], [_table(table)], drawn)
     rest = [made[name] for name in ("costs", "serving", "errors") if name in made]
     if rest:
         yield Section("cost", "Size, cost, serving, errors by layer", lines[3:4], [_table(table) for table in rest])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness import items, separation, tables
+from harness import analyse, items, separation, tables
 from harness.commandline import refuse_politely
 from harness.page import page
 from harness.plot import plot
@@ -92,7 +92,8 @@ def show(sweep: Sweep, arguments: Sequence[str]) -> int:
         print(line)
     for path in write(sweep.store, sweep.name, tidy, made):
         print(path)
-    print(_file(sweep.store, "pages", f"{sweep.name}.html", page(sweep, tidy, read, arguments)))
+    analyses = analyse.load(sweep) if sweep.store.path("analyses", "").exists() else {}
+    print(_file(sweep.store, "pages", f"{sweep.name}.html", page(sweep, tidy, read, analyses, arguments)))
     return 1 if (tidy["status"] == "failed").any() else 0
 
 

@@ -36,7 +36,7 @@ def written(folder: Path) -> Path:
     sweep = three_rows(folder)
     file = folder / "page.html"
     arguments = ["sweep=toy", "store=somewhere"]
-    file.write_text(page.page(sweep, report.frame(sweep), items.read(sweep), arguments))
+    file.write_text(page.page(sweep, report.frame(sweep), items.read(sweep), {}, arguments))
     return file
 
 

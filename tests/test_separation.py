@@ -83,7 +83,7 @@ def test_rows_without_samples_are_left_out_not_guessed(tmp_path: Path) -> None:
 
 def found(sweep: Sweep) -> pd.DataFrame:
     kinds = {task.name: task.kind for cell in sweep.cells for task in cell.tasks}
-    return claims.table(claims.findings(report.frame(sweep), items.values(items.read(sweep)), kinds))
+    return claims.table(claims.findings(report.frame(sweep), items.values(items.read(sweep)), kinds, {}))
 
 
 FIVE = ("Frequency", "EAN", "REAP", "HC-SMoE", "M-SMoE")
@@ -136,4 +136,8 @@ def test_late_layers_are_judged_by_an_exact_permutation(tmp_path: Path) -> None:
             write_errors(sweep.store, cell, *values)
         row = found(sweep).set_index("claim").loc[claim]
         assert row["verdict"] == verdict, name
+        distortions = {cell.row: dict(enumerate(layers)) for cell in cells}
+        kinds = {CODE.name: CODE.kind}
+        both = claims.findings(report.frame(sweep), items.values(items.read(sweep)), kinds, distortions)
+        assert [one.verdict for one in both if one.claim == claim] == [claims.HOLDS, verdict]
     assert "5 layers" in row["test"]
