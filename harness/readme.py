@@ -50,6 +50,7 @@ def main() -> int:
     made = tables.all_of(tidy)
     if "costs" in made:
         made["costs"] = made["costs"][SIZES].join(made.pop("serving")["MB in memory"])
+        made.pop("errors", None)  # by layer: on the page
     table = f"{tables.text(made)}\n\n{tables.footer(tidy)}"
     file.write_text(f"{head}{begin(arguments)}\n{table}\n{END}{tail}")
     return 0

@@ -1,6 +1,7 @@
 """From the records of a sweep to its tables and plot. Nothing is computed here that a record does not say.
 
-python -m harness.report sweep=demo        print and write the tables of a sweep, run or not
+python -m harness.report sweep=demo                              print and write the tables of a sweep, run or not
+python -m harness.report experiment=reap_table2 --vs reference   ours beside the published numbers
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness import analyse, items, separation, tables
+from harness import analyse, items, published, separation, tables
 from harness.commandline import refuse_politely
+from harness.errors import UserError
 from harness.page import page
 from harness.plot import plot
 from harness.store import Store
@@ -115,7 +117,15 @@ def _file(store: Store, kind: str, name: str, text: str) -> Path:
 @refuse_politely
 def main() -> int:
     arguments = sys.argv[1:]
-    return show(expand(arguments), arguments)
+    if "--vs" not in arguments:
+        return show(expand(arguments), arguments)
+    place = arguments.index("--vs")
+    if arguments[place + 1 : place + 2] != ["reference"]:
+        raise UserError("--vs takes one word: --vs reference, the numbers in results/reference/.")
+    sweep = expand([*arguments[:place], *arguments[place + 2 :]])
+    text = published.text(frame(sweep))
+    print(text, _file(sweep.store, "tables", f"{sweep.name}-vs-reference.md", text + "\n"), sep="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
