@@ -212,6 +212,11 @@ def test_a_chat_is_written_by_the_template_and_else_line_by_line(tmp_path: Path,
         written.append(AutoTokenizer.from_pretrained(model.folder).decode(tokens[0]))
     assert "Say 7.\nIt is 7.".startswith(written[0].strip()) and written[0].startswith("Say 7")
     assert written[1].startswith("<user>Say")
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    stream = text([tmp_path / "many.jsonl"], ("instruction+output",), length=64).tokens(models[1]).flatten()
+    said = AutoTokenizer.from_pretrained(models[1].folder).decode(stream)
+    assert said.count("<user>") > 5
+    assert 0 <= said.count("<user>") - said.count("<assistant>") <= 1, "no answer is asked for after the last message"
 
 
 def test_the_first_column_that_a_row_has_is_read_so_files_may_be_mixed(tmp_path: Path, models) -> None:
@@ -228,7 +233,8 @@ def test_how_rows_are_read_is_part_of_the_identity_and_what_was_before_keeps_its
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "messages": "b"}) + "\n")
     plain = text([tmp_path / "a.jsonl"])
     assert set(plain.identity()) == {"documents", "sequences", "length", "seed"}
-    assert text([tmp_path / "a.jsonl"], ("messages",)).identity() != plain.identity()
+    others = [text([tmp_path / "a.jsonl"], columns).identity() for columns in (("messages",), ("text+messages",))]
+    assert plain.identity() not in others and others[0] != others[1]
 
 
 def test_a_chat_template_is_part_of_the_tokenizer(tmp_path: Path, models) -> None:
