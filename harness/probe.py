@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -54,6 +55,18 @@ def probe(llm: LLM) -> list[float]:
     if not all(value is not None and math.isfinite(value) for value in values[1:]):
         raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
     return values[1 : int(response.json()["usage"]["prompt_tokens"])]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a served model must say of the probe.
+
+    log_probs: of each token but the first, in nats, computed in float32. noise: mean difference from these of the same
+    computed in the type of the stored weights; a damaged model, near to two minds everywhere, has much.
+    """
+
+    log_probs: tuple[float, ...]
+    noise: float
 
 
 def compare(llm: LLM, found: Sequence[float], expected: Sequence[float], tolerance: float) -> float:

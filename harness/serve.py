@@ -29,7 +29,7 @@ from harness.errors import StageError, UserError
 from harness.host import Host, failure
 from harness.models import Model
 from harness.plan import Plan
-from harness.probe import check_tokenizer, compare, probe, probe_tokens, served_length
+from harness.probe import Expected, check_tokenizer, compare, probe, probe_tokens, served_length
 from harness.store import say
 from harness.vllm_limits import check_cpu
 from tasks import LLM
@@ -42,6 +42,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 # 16 bits up to 0.09 on the embedded model, whose router then chooses otherwise here and there, and other plans are 1.1
 # and more away.
 EXACT_NATS, ROUNDED_NATS = 0.001, 0.25
+NOISES = 2  # in 16 bits, so many times what rounding changes in transformers is allowed on top
 HOW = ("checkpoint", "plan", "swap", "mask")
 MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM allows 4 unless told otherwise
 
@@ -50,13 +51,13 @@ MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM all
 class Weights:
     """What to serve: the checkpoint in ``folder``, under ``plan`` (which ``file`` holds) or, without one, as it is.
 
-    expected: log-probabilities of the probe under it (``harness/reference.py``), where they are known.
+    expected: what it must say of the probe (``harness/reference.py``), where that is known.
     """
 
     folder: Path
     plan: Plan | None = None
     file: Path | None = None
-    expected: tuple[float, ...] | None = None
+    expected: Expected | None = None
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,8 @@ def difference(llm: LLM, found: list[float], weights: Weights, dtype: str) -> fl
     """Of the probe's log-probabilities from the expected ones, if these are known. Raises StageError if too large."""
     if weights.expected is None:
         return None
-    return compare(llm, found, weights.expected, EXACT_NATS if dtype == "float32" else ROUNDED_NATS)
+    allowed = EXACT_NATS if dtype == "float32" else ROUNDED_NATS + NOISES * weights.expected.noise
+    return compare(llm, found, weights.expected.log_probs, allowed)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from harness.store import Store, key, say
 from methods import SequentialMethod
 
 if TYPE_CHECKING:
+    from harness.probe import Expected
     from harness.reconstruct import Reconstruction
 
 
@@ -176,28 +177,28 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
 _without_reference: set[str] = set()  # tried in this process: loading the model again would fail again
 
 
-def reference(cell: Cell, made: Plan, store: Store) -> tuple[float, ...] | None:
+def reference(cell: Cell, made: Plan, store: Store) -> Expected | None:
     """Log-probabilities that the served model must give a known text; None if transformers cannot compute them here."""
-    from harness.probe import PROBE, probe_tokens
+    from harness.probe import PROBE, Expected, probe_tokens
 
     versions = {"transformers": importlib.metadata.version("transformers"), "schema": ERRORS_SCHEMA}
-    name = key(model=cell.model.digest, plan=made.digest, text=PROBE, **versions) + ".json"
+    name = key(model=cell.model.digest, plan=made.digest, text=PROBE, noise=True, **versions) + ".json"
     known = store.read_json("references", name)
     if known is not None:
-        return tuple(known["log_probs"])
+        return Expected(tuple(known["log_probs"]), known["noise"])
     if name in _without_reference:
         return None
     try:
-        from harness.reference import log_probs
+        from harness.reference import expected
 
-        found = log_probs(cell.model.load("auto"), made, probe_tokens(str(cell.model.folder)))
+        found = expected(cell.model.load("auto"), made, probe_tokens(str(cell.model.folder)))
     except Exception as problem:  # too little memory, or a model that transformers does not know
         _without_reference.add(name)
         words = f"{type(problem).__name__}: {problem}. It is served without comparison."
         say("failed", f"reference {cell.slug}", words)
         return None
-    store.write_json("references", name, {"log_probs": found})
-    return tuple(found)
+    store.write_json("references", name, asdict(found))
+    return found
 
 
 def reconstruct(cell: Cell, made: Plan, store: Store) -> None:

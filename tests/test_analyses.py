@@ -350,7 +350,7 @@ def test_the_likelihood_is_the_references_token_by_token_given_the_prompt() -> N
     found = mean_nll(TINY.load("float32"), texts)
     for value, text, (prompt, _) in zip(found, texts, TEXTS, strict=True):
         assert text.start == len(tokenizer(prompt).input_ids)
-        known = log_probs(TINY.load("float32"), Plan({}), list(text.ids))[text.start - 1 :]
+        known = log_probs(TINY.load("float32"), list(text.ids))[text.start - 1 :]
         assert value == pytest.approx(-np.mean(known), rel=1e-4)
     unasked = mean_nll(TINY.load("float32"), [continuation(tokenizer, "", TEXTS[0][1])])
     assert unasked[0] > found[0] + 0.5, "the answer to the question is no surprise after it"

@@ -24,8 +24,8 @@ from harness.build import build
 from harness.errors import StageError, UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan, Source
-from harness.probe import probe_tokens
-from harness.reference import log_probs as log_probs_of
+from harness.probe import Expected, probe_tokens
+from harness.reference import expected as expected_of
 from harness.serve import Served, Weights
 from tasks import LLM
 from tasks.completions import complete
@@ -236,9 +236,9 @@ def test_an_engine_that_dies_between_plans_is_replaced(tmp_path: Path) -> None:
     assert not wait_until_gone(server_processes(), 5)
 
 
-def reference_of(family: Family, plan: str) -> tuple[float, ...]:
+def reference_of(family: Family, plan: str) -> Expected:
     ids = probe_tokens(str(family.model.folder))
-    return tuple(log_probs_of(family.model.load("auto"), family.plans[plan], ids))
+    return expected_of(family.model.load("auto"), family.plans[plan], ids)
 
 
 def test_what_this_build_gets_wrong_is_refused_and_would_be_noticed(tmp_path: Path) -> None:
