@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from harness import bill, checkpoint, run, stages
-from harness.bill import Estimate, Load, expected_plan
+from harness import bill, checkpoint, estimate, run, stages
 from harness.build import build
+from harness.estimate import Estimate, Load, expected_plan
 from harness.models import ROOT, Model, Outlined
 from harness.plan import LayerPlan, Plan
 from harness.spec import Cell
@@ -55,7 +55,7 @@ def test_outlines_have_the_published_sizes(name: str) -> None:
     total, published = PUBLISHED[name]
     assert model.parameters / 1e9 == pytest.approx(total, rel=0.005)
     ends = sum(tensor.elements for name, tensor in model.tensors.items() if "embed" in name or "lm_head" in name)
-    low, high = (bill.active(model) - ends) / 1e9, bill.active(model) / 1e9
+    low, high = (estimate.active(model) - ends) / 1e9, estimate.active(model) / 1e9
     assert low - 0.5 < published < high + 0.5
     experts, top_k = {"ernie_4_5_21b": (64, 6), "mixtral_8x7b": (8, 2), "llama_4_scout": (16, 1)}.get(
         name, ({"qwen3_coder_480b": 160, "kimi_k2": 384}.get(name, 128), 8)
@@ -69,7 +69,7 @@ def test_an_outline_of_a_real_model_is_as_large_as_its_files() -> None:
     config = {k: v for k, v in tiny.config.items() if k not in ("architectures", "dtype", "transformers_version")}
     made = Outlined("tiny", "nowhere/nothing", outline={**config, "bytes": {"routed": 2, "rest": 2}})
     assert (made.parameters, made.nbytes, made.experts) == (tiny.parameters, tiny.nbytes, tiny.experts)
-    assert bill.routed(made) == bill.routed(tiny)
+    assert estimate.routed(made) == estimate.routed(tiny)
     for keep in (8, 24, 32):
         plan = Plan({layer: LayerPlan.prune(range(keep), 32) for layer in range(4)})
         assert checkpoint.measure(made, plan) == checkpoint.measure(tiny, plan)
@@ -78,7 +78,7 @@ def test_an_outline_of_a_real_model_is_as_large_as_its_files() -> None:
 def test_bytes_are_those_of_the_published_form() -> None:
     fp8, int4 = outlined("qwen3_coder_480b"), outlined("kimi_k2")
     assert fp8.nbytes == fp8.parameters
-    experts, nbytes = bill.routed(int4)
+    experts, nbytes = estimate.routed(int4)
     assert 0.5 < nbytes / experts < 0.53 and experts / int4.parameters > 0.98
 
 
@@ -88,8 +88,8 @@ def test_which_architectures_can_be_calibrated() -> None:
 
 def test_the_cache_of_a_token() -> None:
     """Grouped heads: 2 x layers x heads x size x 2 bytes; DeepSeek keeps one latent vector and the rotated part."""
-    assert bill.cache_bytes(outlined("qwen3_30b_a3b")) == 2 * 48 * 4 * 128 * 2
-    assert bill.cache_bytes(outlined("kimi_k2")) == 61 * (512 + 64) * 2
+    assert estimate.cache_bytes(outlined("qwen3_30b_a3b")) == 2 * 48 * 4 * 128 * 2
+    assert estimate.cache_bytes(outlined("kimi_k2")) == 61 * (512 + 64) * 2
 
 
 # ---- sizes of plans
@@ -107,12 +107,12 @@ def test_expected_plans_are_as_large_as_the_methods_own(tmp_path: Path) -> None:
         assert guessed.distinct_bytes == pytest.approx(real.distinct_bytes, rel=1e-3)
         assert guessed.bytes == pytest.approx(real.bytes, rel=1e-3)
         assert guessed.experts == real.experts
-        assert bill.known_plan(cell, sweep.store) == made
+        assert estimate.known_plan(cell, sweep.store) == made
 
 
 def test_methods_say_themselves_whether_they_keep_router_rows() -> None:
     grid = cells("method=reap,ean,hope,frozen_gate,random,partial_preserve,ream,hybrid,hc_smoe,m_smoe")
-    assert {cell.label for cell in grid if bill.keeps_rows(cell.method)} == {"HC-SMoE", "M-SMoE"}
+    assert {cell.label for cell in grid if estimate.keeps_rows(cell.method)} == {"HC-SMoE", "M-SMoE"}
 
 
 def test_weights_in_memory_depend_on_how_they_are_served() -> None:
@@ -138,7 +138,7 @@ def test_tokens_of_a_suite_are_items_times_requests() -> None:
     (cell,) = cells("suite=mc", "method=none")
     load = Load.of(cell.tasks)
     assert load.generated == load.most == 0
-    assert load.prompt == sum(w.items * w.requests * w.prompt for w in (bill.WORK[t.name] for t in cell.tasks))
+    assert load.prompt == sum(w.items * w.requests * w.prompt for w in (estimate.WORK[t.name] for t in cell.tasks))
     (taste,) = cells("suite=mc", "method=none", "limit=1")
     assert Load.of([task for task in taste.tasks if task.name == "mmlu"]).prompt == 57 * 4 * 109
     (code,) = cells("suite=reap_code", "method=none")
@@ -151,7 +151,7 @@ def test_facts_of_the_embedded_tasks_are_those_of_their_files() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
     rows = [json.loads(line) for line in (ROOT / "tasks/tiny/data/tiny_code.jsonl").read_text().splitlines()]
-    work = bill.WORK["tiny_code"]
+    work = estimate.WORK["tiny_code"]
     assert work.items == len(rows)
     assert work.prompt == pytest.approx(
         sum(len(tokenizer(r["prompt"])["input_ids"]) for r in rows) / len(rows), abs=0.5
@@ -161,15 +161,15 @@ def test_facts_of_the_embedded_tasks_are_those_of_their_files() -> None:
 def test_hours_by_hand() -> None:
     """Qwen3-30B, uncompressed, HumanEval alone: two readings, 164 prompts of 170 tokens, 164 answers of 85."""
     (cell,) = cells("model=qwen3_30b_a3b", "method=none", "suite=code", "serve.max_num_seqs=1")
-    estimate = Estimate.of(replace(cell, tasks=cell.tasks[:1]), Store(ROOT / "nowhere"))
-    assert estimate is not None
-    reading = 2 * 61.06e9 / bill.READING
-    prompts = 2 * 3.353e9 * 164 * 170 / (bill.PREFILL * bill.PEAK_FLOPS)
+    made = Estimate.of(replace(cell, tasks=cell.tasks[:1]), Store(ROOT / "nowhere"))
+    assert made is not None
+    reading = 2 * 61.06e9 / estimate.READING
+    prompts = 2 * 3.353e9 * 164 * 170 / (estimate.PREFILL * estimate.PEAK_FLOPS)
     # one sequence at a time reads 8 of 128 experts, the rest, and its own cache
     step = 61.06e9 - 57.98e9 * (1 - 8 / 128) + 255 * 98304
-    answers = 164 * 85 * step / (bill.DECODE * bill.BANDWIDTH)
-    assert estimate.gpus == 1
-    assert estimate.hours * 3600 == pytest.approx(reading + prompts + answers, rel=1e-3)
+    answers = 164 * 85 * step / (estimate.DECODE * estimate.BANDWIDTH)
+    assert made.gpus == 1
+    assert made.hours * 3600 == pytest.approx(reading + prompts + answers, rel=1e-3)
 
 
 def test_a_larger_batch_makes_answers_cheaper_and_a_smaller_model_too() -> None:
@@ -177,7 +177,7 @@ def test_a_larger_batch_makes_answers_cheaper_and_a_smaller_model_too() -> None:
         (cell,) = cells("model=qwen3_30b_a3b", "suite=code", *overrides)
         made = Estimate.of(cell, Store(ROOT / "nowhere"))
         assert made is not None
-        return made.hours - (bill.LOADS - (not cell.compresses)) * made.cell.model.nbytes / bill.READING / 3600
+        return made.hours - (estimate.LOADS - (not cell.compresses)) * made.cell.model.nbytes / estimate.READING / 3600
 
     assert hours("method=none", "serve.max_num_seqs=64") < hours("method=none", "serve.max_num_seqs=8")
     assert hours("method=reap", "ratio=0.5", "calibration.held_out=0") < hours("method=none")
@@ -185,7 +185,7 @@ def test_a_larger_batch_makes_answers_cheaper_and_a_smaller_model_too() -> None:
 
 def test_the_pass_that_runs_every_expert_costs_more() -> None:
     routed, every = (
-        bill.passes(sweep, [Estimate.of(cell, sweep.store) for cell in sweep.cells])
+        estimate.passes(sweep, [Estimate.of(cell, sweep.store) for cell in sweep.cells])
         for sweep in (
             expand(["model=qwen3_30b_a3b", f"method={name}", "calibration=evol_codealpaca"])
             for name in ("reap", "hc_smoe")
@@ -197,7 +197,7 @@ def test_the_pass_that_runs_every_expert_costs_more() -> None:
 
 @pytest.mark.parametrize(("nbytes", "count"), [(1, 1), (71e9, 1), (73e9, 2), (150e9, 4), (547e9, 8), (600e9, 16)])
 def test_gpus_come_in_powers_of_two(nbytes: float, count: int) -> None:
-    assert bill.gpus(nbytes) == count
+    assert estimate.gpus(nbytes) == count
 
 
 # ---- what is printed
