@@ -20,10 +20,12 @@ import psutil
 import pytest
 import torch
 
-from harness import serve
+from harness import reference, serve
 from harness.build import build
 from harness.errors import StageError, UserError
 from harness.models import ROOT, Model
+from harness.plan import Plan
+from harness.probe import Expected, probe_tokens
 from harness.serve import Server, Weights
 from tasks import LLM
 from tests.conftest import conf, vllm
@@ -172,6 +174,27 @@ def test_what_does_not_fit_is_refused_before_any_work():
     with pytest.raises(UserError, match="extra_args sets --host"):
         vllm(extra_args=["--host=0.0.0.0"]).check()
     vllm().check(1000)
+
+
+def test_in_16_bits_a_plan_may_differ_more_that_rounding_changes_more(tmp_path: Path):
+    llm, off = LLM("http://127.0.0.1:9", "m", "t", 256), [-1.3] * 4
+
+    def seen(noise: float, dtype: str) -> float | None:
+        return serve.difference(llm, off, Weights(tmp_path, expected=Expected((-1.0,) * 4, noise)), dtype)
+
+    assert seen(0.1, "auto") == pytest.approx(0.3)
+    for noise, dtype in ((0.0, "auto"), (0.1, "float32")):
+        with pytest.raises(StageError, match="not the model it should be"):
+            seen(noise, dtype)
+
+
+def test_noise_is_what_rounding_changes(folder: Path):
+    """None in a model stored in float32; some in the embedded one, which is stored in 16 bits."""
+    exact, rounded = (
+        reference.expected(Model("m", str(path)).load("auto"), Plan({}), probe_tokens(str(path)))
+        for path in (folder, ROOT / "tasks" / "tiny" / "model")
+    )
+    assert exact.noise < 1e-5 and 1e-4 < rounded.noise < 0.5
 
 
 def test_a_project_that_vllm_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch):
