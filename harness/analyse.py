@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from harness import analysis_figures, scoring, stages, tables
+from harness import analysis_figures, bill, scoring, stages, tables
 from harness.analyses import NGRAMS, Analysis, Texts, singleton_share
 from harness.commandline import refuse_politely
 from harness.errors import StageError, UserError
@@ -111,11 +111,12 @@ def _load(cell: Cell, made: Plan | None, store: Store) -> Analysis:
     if made is None or not cell.measures_errors:
         return Analysis(cell.row, made)
     tensors = _tensors(store.path("analyses", _plan_name(cell, made)))
+    originals = _layers(_tensors(store.path("analyses", _originals_name(cell))), "mean")
     return Analysis(
         cell.row,
         made,
-        originals=_layers(_tensors(store.path("analyses", _originals_name(cell))), "mean"),
-        slots=_layers(tensors, "mean"),
+        originals=originals,
+        slots=_layers(tensors, "mean") if originals else {},  # of no use without what they are compared with
         divergence=tensors.get("divergence"),
         distances=_layers(tensors, "distance"),
     )
@@ -301,9 +302,13 @@ def _nll(cell: Cell, items: list[Item]) -> list[float | None]:
 # What is shown.
 
 
-def frame(loaded: Mapping[Row, Analysis]) -> pd.DataFrame:
-    """Tidy: one line for each row of the sweep, one column for each number; NaN where it is not known."""
-    return pd.DataFrame([{**row._asdict(), **_numbers(analysis)} for row, analysis in loaded.items()])
+def frame(loaded: Mapping[Row, Analysis], rows: Iterable[Row] = ()) -> pd.DataFrame:
+    """Tidy: one line for each row of the sweep, one column for each number; NaN where it is not known.
+
+    rows: of the sweep, those that have no plan yet among them.
+    """
+    every = dict.fromkeys([*rows, *loaded])
+    return pd.DataFrame([{**row._asdict(), **(_numbers(loaded[row]) if row in loaded else {})} for row in every])
 
 
 def _numbers(analysis: Analysis) -> dict[str, float]:
@@ -370,9 +375,11 @@ def main() -> int:
     options, arguments = split(sys.argv[1:], ("n",))
     texts = _number_of_texts(options.get("n", str(TEXTS)))
     sweep = expand(arguments)
+    if sweep.dry_run:
+        return bill.show(sweep)
     complete = measure(sweep, texts)
     loaded = load(sweep, texts)
-    print(tables.markdown(table(frame(loaded))), end="\n\n")
+    print(tables.markdown(table(frame(loaded, (cell.row for cell in sweep.cells)))), end="\n\n")
     for path in draw(sweep, loaded):
         print(path)
     return 0 if complete else 1

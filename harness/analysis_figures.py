@@ -388,11 +388,12 @@ def all_figures(sweep: Sweep, loaded: Mapping[Row, Analysis]) -> Iterator[Figure
     loaded: of `harness.analyse.load`.
     """
     models = list(dict.fromkeys(row.model for row in loaded))
-    texts = {cell.model.name: cell.calibration.name for cell in sweep.cells}
+    texts = {(cell.model.name, cell.calibration.name): None for cell in sweep.cells if cell.compresses}
     for model in models:
+        held_out = " or ".join(text for of_model, text in texts if of_model == model)
         rows = [analysis for row, analysis in loaded.items() if row.model == model]
         about = f", {model}" if len(models) > 1 else ""
-        for candidate in _candidates(rows, ", ".join(dict.fromkeys(texts.values()))):
+        for candidate in _candidates(rows, held_out):
             title = candidate.title + about
             if candidate.has:
                 yield Figure(title, candidate.caption(), functools.partial(candidate.draw, rows))

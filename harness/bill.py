@@ -283,7 +283,7 @@ def _totals(sweep: Sweep, known: Sequence[Estimate], shared: Sequence[Pass]) -> 
         f"In all: {hours:.2f} GPU hours, at most {most} GPU(s) at once; {left} of {asked} scores to make; calibration "
         f"{_count(sum(one.tokens for one in shared if not one.is_cached))} tokens, prompts "
         f"{_count(sum(one.prompt for one in loads))}, answers {_count(sum(one.generated for one in loads))} (at most "
-        f"{_count(sum(one.most for one in loads))}). Disk: download {_gb(download)} GB, results "
+        f"{_count(sum(one.most for one in loads))}). Disk: download of models {_gb(download)} GB, results "
         f"{_gb(_results(loads, shared))} GB, checkpoints {_gb(_checkpoints(sweep, known))} GB."
     )
 

@@ -1,14 +1,15 @@
 """What "REAP the Experts" (arXiv 2510.13999) claims, put to the test on the models and benchmarks of a sweep.
 
 Each claim is a comparison that the sweep may hold the rows for; where it does not, that is said. A verdict is about
-these rows and nothing else: it holds, it is contradicted, or no difference was found.
+these rows and nothing else: it holds, it is contradicted, no difference was found or, where it says that two are much
+the same, it is undecided.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,14 +17,31 @@ from scipy.stats import spearmanr
 
 from harness import tables
 from harness.items import Values, matrix, rows_of
+from harness.published import BENCHMARKS
 from harness.separation import p_value
 from harness.significance import LEVEL, Difference, difference, holm
 from harness.spec import Row
+from harness.tables import NOT_RUN
 
 PRUNING, MERGING = ("Frequency", "EAN", "REAP"), ("HC-SMoE", "M-SMoE")
 HOLDS, CONTRADICTED, OPEN = "holds", "contradicted", "no difference found"
 MARGIN = 0.05  # a loss of up to 5 points still counts as competitive
 METRICS = ("plus_pass@1", "acc_norm")  # the paper's, where a task has several
+EXACT = 7  # layers whose orders are all tried
+
+PRUNING_WINS = "Pruning beats merging on generated answers at 50 %"
+COMPETITIVE = "Merging (HC-SMoE) is competitive with REAP on multiple choice"
+OVER_FREQUENCY, OVER_EAN = (f"REAP beats {other} on generated answers" for other in ("Frequency", "EAN"))
+WRONG_TEXT = "The wrong calibration text destroys code"
+LATE_LAYERS = "Late layers collapse more under merging"
+CLAIMS = {  # and the rows that a test of each needs
+    PRUNING_WINS: "all five methods of the paper at 50 % on a generating task, calibrated alike",
+    COMPETITIVE: "HC-SMoE and REAP on a multiple-choice task",
+    OVER_FREQUENCY: "REAP and Frequency on a generating task",
+    OVER_EAN: "REAP and EAN on a generating task",
+    WRONG_TEXT: "one method at 50 % on code, calibrated on code and on another text (sweep=domains)",
+    LATE_LAYERS: "HC-SMoE or M-SMoE plans of three or more layers with reconstruction errors or analyses",
+}
 
 
 @dataclass(frozen=True)
@@ -44,52 +62,53 @@ def findings(
     """Every claim on every model. kinds: of tasks, "code", "generation" or "multiple choice" (`tasks.Task.kind`).
     distortions: of each layer (`harness.analyse`), where they were measured.
     """
-    done = tidy[tidy["status"] == "done"]
     found: list[Finding] = []
-    for _, of_model in done.groupby("model", sort=False):
-        rows = _Rows(of_model, known, kinds)
-        generated = ("code", "generation")
-        found += _family(
-            "Pruning beats merging on generated answers at 50 %",
-            [
-                (where, rows.gap(where, PRUNING, MERGING))
-                for where in rows.places(generated, (0.5,), (*PRUNING, *MERGING))
-            ],
-            "mean over Frequency, EAN, REAP minus mean over HC-SMoE, M-SMoE",
-        )
-        found += _competitive(rows)
-        for other in ("Frequency", "EAN"):
-            found += _family(
-                f"REAP beats {other} on generated answers",
-                [
-                    (where, rows.gap(where, ("REAP",), (other,)))
-                    for where in rows.places(generated, (0.25, 0.5), ("REAP", other))
-                ],
-                f"REAP minus {other}",
-            )
-        found += _calibration(of_model, known, kinds)
-        found += _late_layers(of_model, distortions)
+    for model, of_model in tidy.groupby("model", sort=False):
+        here = [*_of_model(_Rows(of_model, known, kinds)), *_late_layers(of_model, distortions)]
+        tested = {finding.claim for finding in here}
+        found += [*here, *(_untested(claim, str(model)) for claim in CLAIMS if claim not in tested)]
     return found
+
+
+def _of_model(rows: _Rows) -> Iterator[Finding]:
+    generated = ("code", "generation")
+    yield from _family(
+        PRUNING_WINS,
+        [(where, rows.gap(where, PRUNING, MERGING)) for where in rows.places(generated, (0.5,), (*PRUNING, *MERGING))],
+        "mean over Frequency, EAN, REAP minus mean over HC-SMoE, M-SMoE",
+    )
+    yield from _competitive(rows)
+    for claim, other in ((OVER_FREQUENCY, "Frequency"), (OVER_EAN, "EAN")):
+        places = rows.places(generated, (0.25, 0.5), ("REAP", other))
+        gaps = [(where, rows.gap(where, ("REAP",), (other,))) for where in places]
+        yield from _family(claim, gaps, f"REAP minus {other}")
+    yield from _calibration(rows)
+
+
+def _untested(claim: str, model: str) -> Finding:
+    return Finding(claim, model, f"not tested: it needs {CLAIMS[claim]}", NOT_RUN, NOT_RUN, "not tested")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A column to look at: one task and metric at one ratio, on one calibration text."""
+    """A column to look at: one task and metric at one ratio, calibrated in one way."""
 
     model: str
     task: str
     metric: str
     ratio: float
     calibration: str
+    routing: str
 
     def __str__(self) -> str:
         on = "" if self.calibration == "none" else f", calibrated on {self.calibration}"
+        on += "" if self.routing in ("none", "actual") else f", routing={self.routing}"
         return f"{self.model}, {self.task} {self.metric}, {100 * self.ratio:.4g} %{on}"
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The scored rows of one model."""
+    """The rows of one model, finished or not."""
 
     tidy: pd.DataFrame
     known: Values
@@ -101,36 +120,47 @@ class _Rows:
             if self.kinds.get(str(task)) not in kinds:
                 continue
             here = self.tidy[(self.tidy["task"] == task) & (self.tidy["ratio"] == ratio)]
-            for calibration, rows in here.groupby("calibration", sort=False):
-                if set(labels) <= set(rows["label"]):
-                    metric = main_metric(rows["metric"].unique())
-                    yield Place(str(rows["model"].iloc[0]), str(task), metric, ratio, str(calibration))
+            for (calibration, routing), rows in here.groupby(["calibration", "routing"], sort=False):
+                metrics = rows["metric"].dropna().unique()
+                if set(labels) <= set(rows["label"]) and len(metrics):
+                    metric, model = main_metric(str(task), metrics), str(rows["model"].iloc[0])
+                    yield Place(model, str(task), metric, ratio, str(calibration), str(routing))
 
     def gap(self, place: Place, first: Sequence[str], second: Sequence[str]) -> Difference | None:
         """Of the means over two groups of methods, item by item; None where seeds or items are missing."""
-        groups = [self._mean(place, labels) for labels in (first, second)]
-        if groups[0] is None or groups[1] is None or groups[0].shape != groups[1].shape:
-            return None
-        return difference(groups[0], groups[1])
+        return paired([self.values(place, label) for label in first], [self.values(place, label) for label in second])
 
-    def _mean(self, place: Place, labels: Sequence[str]) -> np.ndarray | None:
-        tidy = self.tidy[
-            (self.tidy["ratio"] == place.ratio)
-            & (self.tidy["calibration"] == place.calibration)
-            & (self.tidy["task"] == place.task)
-        ]
-        parts = [
-            matrix(self.known, rows_of(tidy[tidy["label"] == label]), place.task, place.metric) for label in labels
-        ]
-        if any(part is None or part.shape != (parts[0] if parts[0] is not None else part).shape for part in parts):
-            return None
-        return np.mean([part for part in parts if part is not None], axis=0)
+    def values(self, place: Place, label: str) -> Seeded | None:
+        """A method's; None unless every seed that was asked for has every item."""
+        names = ("ratio", "calibration", "routing", "task")
+        here = np.logical_and.reduce([self.tidy[name] == getattr(place, name) for name in names])
+        rows = rows_of(self.tidy[here & (self.tidy["label"] == label)])
+        found = matrix(self.known, rows, place.task, place.metric)
+        return None if found is None else Seeded(tuple(row.seed for row in rows), found)
 
 
-def main_metric(metrics: Iterable[str]) -> str:
-    """The one that the paper reports."""
-    names = list(metrics)
-    return next((name for name in METRICS if name in names), names[0])
+@dataclass(frozen=True)
+class Seeded:
+    """Values [seeds, items], and which seeds."""
+
+    seeds: tuple[int | None, ...]
+    values: np.ndarray
+
+
+def paired(first: Sequence[Seeded | None], second: Sequence[Seeded | None]) -> Difference | None:
+    """Difference of the means over two groups; None unless all are there, with the same seeds and items."""
+    known = [[one for one in group if one is not None] for group in (first, second)]
+    alike = len({(one.seeds, one.values.shape) for group in known for one in group}) == 1
+    if not alike or [len(group) for group in known] != [len(first), len(second)]:
+        return None
+    return difference(*(np.mean([one.values for one in group], axis=0) for group in known))
+
+
+def main_metric(task: str, metrics: Iterable[str]) -> str:
+    """The one that the paper reports, where it asks this task; else one that it would report."""
+    names = [str(name) for name in metrics]
+    published = [name for name in names if (task, name) in BENCHMARKS] or names
+    return next((name for name in METRICS if name in published), published[0])
 
 
 def _family(claim: str, gaps: Sequence[tuple[object, Difference | None]], what: str) -> list[Finding]:
@@ -171,29 +201,22 @@ def _competitive(rows: _Rows) -> list[Finding]:
         elif gap.high < -MARGIN:
             verdict = CONTRADICTED
         test = f"95 % interval against a margin of {100 * MARGIN:.0f} points, n = {gap.n}"
-        claim = "Merging (HC-SMoE) is competitive with REAP on multiple choice"
-        found.append(Finding(claim, str(place), f"HC-SMoE minus REAP: {points(gap)}", test, "—", verdict))
+        found.append(Finding(COMPETITIVE, str(place), f"HC-SMoE minus REAP: {points(gap)}", test, "—", verdict))
     return found
 
 
-def _calibration(tidy: pd.DataFrame, known: Values, kinds: Mapping[str, str]) -> list[Finding]:
+def _calibration(rows: _Rows) -> list[Finding]:
     """Each method on code, calibrated on code, against the same method calibrated on each other text."""
-    code = tidy[tidy["task"].map(kinds).eq("code") & (tidy["ratio"] == 0.5)]
-    texts = [text for text in code["calibration"].unique() if text != "none"]
-    own = [text for text in texts if "code" in str(text)]
-    if len(own) != 1 or len(texts) < 2:
-        return []
-    gaps: list[tuple[object, Difference | None]] = []
-    for (label, task), rows in code[code["calibration"] == own[0]].groupby(["label", "task"], sort=False):
-        metric = main_metric(rows["metric"].unique())
-        right = matrix(known, rows_of(rows), str(task), metric)
-        for text in texts:
-            others = code[(code["label"] == label) & (code["task"] == task) & (code["calibration"] == text)]
-            wrong = matrix(known, rows_of(others), str(task), metric) if len(others) else None
-            if text != own[0] and right is not None and wrong is not None and right.shape == wrong.shape:
-                where = f"{rows['model'].iloc[0]}, {task} {metric}, {label} 50 %, {own[0]} against {text}"
-                gaps.append((where, difference(right, wrong)))
-    return _family("The wrong calibration text destroys code", gaps, "calibrated on code minus on the other text")
+    labels = dict.fromkeys(rows.tidy["label"])
+    places = dict.fromkeys(place for label in labels for place in rows.places(("code",), (0.5,), (label,)))
+    right = [place for place in places if "code" in place.calibration]
+    wrong = [place for place in places if "code" not in place.calibration]
+    gaps = [
+        (f"{one}, {label}, against {other.calibration}", paired([rows.values(one, label)], [rows.values(other, label)]))
+        for one, other, label in itertools.product(right, wrong, labels)
+        if replace(other, calibration=one.calibration) == one
+    ]
+    return _family(WRONG_TEXT, gaps, "calibrated on code minus on the other text")
 
 
 def _late_layers(tidy: pd.DataFrame, distortions: Mapping[Row, Mapping[int, float]]) -> list[Finding]:
@@ -206,32 +229,39 @@ def _late_layers(tidy: pd.DataFrame, distortions: Mapping[Row, Mapping[int, floa
         "manifold distortion": np.array(moved),
         "reconstruction error": merged[columns].dropna().to_numpy(float) if columns else np.empty((0, 0)),
     }
+    known = {name: plans for name, plans in measures.items() if plans.ndim == 2 and len(plans) and plans.shape[1] > 2}
+    tests = {name: _by_depth(plans) for name, plans in known.items()}
+    corrected = holm([p for _, p in tests.values()])
     return [
-        _by_depth(str(merged["model"].iloc[0]), name, plans)
-        for name, plans in measures.items()
-        if plans.ndim == 2 and len(plans) and plans.shape[1] > 2
+        Finding(
+            LATE_LAYERS,
+            f"{merged['model'].iloc[0]}, {name}",
+            f"mean rank correlation of depth and {name} {correlation:+.2f}",
+            f"permutation of {known[name].shape[1]} layers, {len(known[name])} plans",
+            p_value(p),
+            OPEN if p >= LEVEL else HOLDS if correlation > 0 else CONTRADICTED,
+        )
+        for (name, (correlation, _)), p in zip(tests.items(), corrected, strict=True)
     ]
 
 
-def _by_depth(model: str, name: str, plans: np.ndarray) -> Finding:
-    """Spearman's correlation of depth with a number of each layer, float [plans, layers], the mean over plans; p from
-    all (or 10,000 random) orders of the layers.
+def _by_depth(plans: np.ndarray) -> tuple[float, float]:
+    """Spearman's correlation of depth with a number of each layer, float [plans, layers], the mean over plans; and its
+    two-sided p, from all (or 10,000 random) orders of the layers.
     """
     layers = plans.shape[1]
     found = _depth(plans, np.arange(layers))
-    p = float(np.mean([_depth(plans, order) >= found - 1e-12 for order in _orders(layers)]))
-    verdict = OPEN if min(p, 1 - p) >= LEVEL else (HOLDS if found > 0 else CONTRADICTED)
-    words = f"mean rank correlation of depth and {name} {found:+.2f}"
-    test = f"permutation of {layers} layers, one-sided, {len(plans)} plans"
-    return Finding("Late layers collapse more under merging", f"{model}, {name}", words, test, p_value(p), verdict)
+    reached = [abs(_depth(plans, order)) >= abs(found) - 1e-12 for order in _orders(layers)]
+    return found, float(np.mean([True, *reached] if layers > EXACT else reached))
 
 
-def _depth(errors: np.ndarray, depth: np.ndarray) -> float:
-    return float(np.mean([spearmanr(depth, plan).statistic for plan in errors]))
+def _depth(plans: np.ndarray, depth: np.ndarray) -> float:
+    """0 of a plan whose layers are all alike."""
+    return float(np.mean([spearmanr(depth, plan).statistic if np.ptp(plan) else 0.0 for plan in plans]))
 
 
 def _orders(layers: int) -> Iterable[np.ndarray]:
-    if layers <= 7:
+    if layers <= EXACT:
         return (np.array(order) for order in itertools.permutations(range(layers)))
     rng = np.random.default_rng(0)
     return (rng.permutation(layers) for _ in range(10_000))

@@ -22,6 +22,7 @@ from harness import plan as plans
 from harness import stages, tables
 from harness.plan import LayerPlan, Plan
 from harness.plot import colours as colours_of
+from harness.spec import CALIBRATED
 from harness.sweep import Sweep
 
 MAPS = 24  # plans whose experts are drawn: more cannot be told apart on a page
@@ -38,7 +39,7 @@ class Figure(NamedTuple):
 
 def of_sweep(sweep: Sweep, tidy: pd.DataFrame) -> Iterator[Figure]:
     """Those that the sweep has something to show in."""
-    done = tidy[tidy["status"] == "done"]
+    done = tables.complete(named(tidy))
     compressed = done[done["ratio"] > 0]
     if "reconstruction" in compressed and compressed["reconstruction"].notna().any():
         yield Figure(
@@ -63,15 +64,26 @@ def of_sweep(sweep: Sweep, tidy: pd.DataFrame) -> Iterator[Figure]:
         )
         yield Figure(
             "Score against size",
-            "Score and bytes of the distinct weights that each row leaves; every model of the sweep has its own marks.",
+            "Score and bytes of the distinct weights that each row leaves. Every model of the sweep has its own marks: "
+            "a quantised checkpoint as a second model shows quantisation beside pruning.",
             lambda suffix, path: _by_size(done, suffix, path),
         )
-    if "calibration" in tables.row_names(compressed):
+    whole = tables.complete(tidy)
+    if "calibration" in tables.row_names(tidy) and tidy["routing"].nunique() <= 2:  # "none" and one way
         yield Figure(
             "Effect of the calibration text",
             "Score in points by calibration text, the mean over seeds; grey: the text is not read or it was not run.",
-            lambda suffix, path: _by_calibration(compressed, suffix, path),
+            lambda suffix, path: _by_calibration(whole[whole["ratio"] > 0], suffix, path),
         )
+
+
+def named(tidy: pd.DataFrame) -> pd.DataFrame:
+    """Labels that also say how a plan was calibrated, where there are several ways to tell apart."""
+    labels = tidy["label"]
+    for column, word in zip(CALIBRATED, ("on", "routing"), strict=True):
+        if column in tables.plan_names(tidy):
+            labels = labels.where(tidy[column] == "none", labels + f" {word} " + tidy[column])
+    return tidy.assign(label=labels)
 
 
 def _save(figure: Canvas, suffix: str, path: Path) -> None:
@@ -86,7 +98,7 @@ def _errors_by_layer(compressed: pd.DataFrame, suffix: str, path: Path) -> None:
     figure, grid = _grid(len(panels))
     colours = colours_of(compressed)
     for axes, (model, ratio) in zip(grid, panels, strict=False):
-        here = compressed[(compressed["model"] == model) & (compressed["ratio"] == ratio)]
+        here = compressed[(compressed["model"] == model) & (compressed["ratio"] == ratio)].drop_duplicates(tables.CELL)
         for label, rows in here.groupby("label", sort=False):
             values = rows[layers].mean()
             axes.plot(numbers, values, marker="o", markersize=3.5, label=label, color=colours[str(label)])
@@ -120,6 +132,7 @@ def _plans(sweep: Sweep) -> dict[str, Plan]:
     found: dict[str, Plan] = {}
     for cell in sweep.cells:
         on = f" on {cell.calibration.name}" if cell.calibrates else ""
+        on += f" routing {cell.routing}" if on and cell.routing != "actual" else ""
         name = f"{cell.label}, {100 * cell.ratio:.4g} %{on}"
         if not cell.compresses or name in found:
             continue

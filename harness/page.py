@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from markupsafe import Markup
 
 from harness import analyse, analysis_figures, claims, figures, separation, tables
 from harness.analyses import Analysis
+from harness.claims import main_metric
 from harness.figures import Figure
 from harness.items import Items, Values, values
 from harness.plot import plot
@@ -61,7 +63,7 @@ def page(
     """
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
     done = tidy[tidy["status"] == "done"]
-    command = " ".join(arguments)
+    command = shlex.join(arguments)
     return environment.get_template(TEMPLATE.name).render(
         title=f"MoE compression bench: {sweep.name}",
         summary=_summary(tidy),
@@ -88,7 +90,7 @@ def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values, analyses: Mapping
     yield Section(
         "scores",
         "Scores",
-        [*lines[:3], *failed],
+        [*lines[:3], *(line for line in [tables.agreement(tidy)] if line), *failed],
         [_table(table) for table in of_scores.values()],
         list(_drawn([_scores_figure(tidy)] if (tidy["status"] == "done").any() else [])),
     )
@@ -115,11 +117,12 @@ def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values, analyses: Mapping
         )
         judged = _table(claims.table(found), index=False)
         yield Section("claims", "The paper's claims here", [words], [judged], wraps=True)
-    yield Section("figures", "Figures", [], [], list(_drawn(figures.of_sweep(sweep, tidy))))
+    if drawn := list(_drawn(figures.of_sweep(sweep, tidy))):
+        yield Section("figures", "Figures", [], [], drawn)
     if analyses:
-        table = analyse.table(analyse.frame(analyses))
-        drawn = list(_drawn(analysis_figures.all_figures(sweep, analyses)))
-        yield Section("analyses", "The paper's analyses here", [], [_table(table)], drawn)
+        table = analyse.table(analyse.frame(analyses, (cell.row for cell in sweep.cells)))
+        pictures = list(_drawn(analysis_figures.all_figures(sweep, analyses)))
+        yield Section("analyses", "The paper's analyses here", [], [_table(table)], pictures)
     rest = [made[name] for name in ("costs", "serving", "errors") if name in made]
     if rest:
         yield Section("cost", "Size, cost, serving, errors by layer", lines[3:4], [_table(table) for table in rest])
@@ -155,7 +158,7 @@ def problems(read: Items) -> dict[str, Any] | None:
     """Every problem with what each row (its first seed) answered, as JSON for the page; None without any score.
 
     models: names of rows. tasks: name; items: [id, prompt, expected]; answers: for each row [right, answer] per item,
-    or null. texts: what the numbers stand for. An answer is right where its first metric is at its best.
+    or null. texts: what the numbers stand for. An answer is right where the task's main metric is 1.
     """
     texts = _Texts()
     seeds: dict[str, int | None] = {}
@@ -168,9 +171,10 @@ def problems(read: Items) -> dict[str, Any] | None:
         if name not in shown or row.seed != seeds[name]:
             continue
         asked = [[item.id, texts(item.prompt), item.expected and texts(item.expected)] for item in items]
-        entry = tasks.setdefault(task, {"name": task, "items": asked, "answers": [None] * len(shown)})
+        metric = main_metric(task, items[0].values) if items else ""
+        entry = tasks.setdefault(task, {"name": task, "metric": metric, "items": asked, "answers": [None] * len(shown)})
         if asked == entry["items"]:
-            entry["answers"][shown.index(name)] = [[int(_is_right(item)), texts(item.answer)] for item in items]
+            entry["answers"][shown.index(name)] = [[int(_is_right(task, item)), texts(item.answer)] for item in items]
     if not tasks:
         return None
     found = {"models": shown, "tasks": list(tasks.values()), "texts": list(texts.numbers), "start": 1}
@@ -181,10 +185,11 @@ def problems(read: Items) -> dict[str, Any] | None:
     return {"json": Markup(json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")), "left_out": words}
 
 
-def _is_right(item: Item) -> bool:
-    return next(iter(item.values.values())) == 1
+def _is_right(task: str, item: Item) -> bool:
+    return item.values[main_metric(task, item.values)] == 1
 
 
 def _name(row: Row) -> str:
     on = "" if row.calibration == "none" else f" on {row.calibration}"
+    on += "" if row.routing in ("none", "actual") else f", routing={row.routing}"
     return f"{row.model} {row.label}" + (f" {100 * row.ratio:.4g} %{on}" if row.ratio else "")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from harness import tables
+from harness import items, separation, tables
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.models import ROOT
@@ -47,7 +47,7 @@ def main() -> int:
     tidy = frame(sweep)
     if (tidy["status"] != "done").any():
         raise UserError(f"sweep {sweep.name!r} is not complete. Run it first; documents show finished tables only.")
-    made = tables.all_of(tidy)
+    made = tables.all_of(tidy, separation.best(tidy, items.values(items.read(sweep))))
     if "costs" in made:
         made["costs"] = made["costs"][SIZES].join(made.pop("serving")["MB in memory"])
         made.pop("errors", None)  # by layer: on the page

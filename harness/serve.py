@@ -42,7 +42,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 # 16 bits up to 0.09 on the embedded model, whose router then chooses otherwise here and there, and other plans are 1.1
 # and more away.
 EXACT_NATS, ROUNDED_NATS = 0.001, 0.25
-NOISES = 2  # in 16 bits, so many times what rounding changes in transformers is allowed on top
+NOISES, MOST_NATS = 2, 1.0  # in 16 bits, so many times what rounding changes in transformers is allowed on top, at most
 HOW = ("checkpoint", "plan", "swap", "mask")
 MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM allows 4 unless told otherwise
 
@@ -375,7 +375,8 @@ def difference(llm: LLM, found: list[float], weights: Weights, dtype: str) -> fl
     """Of the probe's log-probabilities from the expected ones, if these are known. Raises StageError if too large."""
     if weights.expected is None:
         return None
-    allowed = EXACT_NATS if dtype == "float32" else ROUNDED_NATS + NOISES * weights.expected.noise
+    rounded = min(MOST_NATS, ROUNDED_NATS + NOISES * weights.expected.noise)
+    allowed = EXACT_NATS if dtype == "float32" else rounded
     return compare(llm, found, weights.expected.log_probs, allowed)
 
 

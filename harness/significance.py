@@ -80,8 +80,9 @@ def _student(gaps: np.ndarray) -> Difference:
     test = "t over items and seeds" if seeds > 1 else "paired t"
     if not any(many for _, many in parts):
         return Difference(mean, -math.inf, math.inf, 1.0, test, n, seeds)
-    if variance == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, test, n, seeds)
+    if variance == 0:  # every item differs by the same: Student cannot say how likely that is, the signs can
+        p = float(stats.binomtest(0, n).pvalue) if mean else 1.0
+        return Difference(mean, mean, mean, p, test, n, seeds)
     freedom = variance**2 / sum(part**2 / many for part, many in parts if many)
     error = math.sqrt(variance)
     reach = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error

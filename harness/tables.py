@@ -46,6 +46,13 @@ def row_names(tidy: pd.DataFrame) -> list[str]:
 Best = Collection[tuple[tuple[str, ...], str, str]]  # rows, tasks and metrics (`harness.separation.best`)
 
 
+def complete(tidy: pd.DataFrame) -> pd.DataFrame:
+    """What is finished of rows whose seeds have all finished a task: a mean over the others would be another number."""
+    names = ["label" if name == "method" else name for name in plan_names(tidy)]
+    finished = tidy["status"] == "done"
+    return tidy[finished.groupby([tidy[name] for name in (*names, "task")]).transform("all")]
+
+
 def scores(tidy: pd.DataFrame, best: Best = ()) -> pd.DataFrame:
     """One row per method, ratio and (if there are several) calibration set, one column per task and metric:
     ``value ± standard error (difference)`` in points; the value in bold (Markdown's ``**``) for those in ``best``.
@@ -134,7 +141,9 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
         "MB distinct": f"{row['size_distinct_bytes'] / 1e6:.2f}",
         **{f"{stage} s": f"{row[f'seconds_{stage}']:.1f}" for stage in STAGES[:-1]},
         "score s": f"{rows['seconds_score'].sum():.1f}",
-        "calibrate peak MB": _number(row.get("peak_gpu", row.get("peak_ram")), 1e-6, ".0f"),
+        "calibrate peak MB": _number(
+            row.reindex(["peak_gpu", "peak_ram"]).dropna().head(1).sum(min_count=1), 1e-6, ".0f"
+        ),
     }
 
 
@@ -174,7 +183,7 @@ def errors(tidy: pd.DataFrame) -> pd.DataFrame:
         **{column: column.replace("reconstruction_layer_", "layer ") for column in layers},
     }
     rows = {
-        name: {title: f"{group[column].mean():.4f}" for column, title in titles.items()}
+        name: {title: f"{group.drop_duplicates(CELL)[column].mean():.4f}" for column, title in titles.items()}
         for name, group in by_row(tidy, plan_names(tidy))
         if "reconstruction" in tidy and group["reconstruction"].notna().all()
     }

@@ -89,7 +89,7 @@ def test_in_a_browser_it_renders_sorts_filters_and_shows_answers(browser_page, t
     view.fill("[data-filter=scores-1]", "reap")
     assert view.locator("#scores-1 tbody tr:visible").count() == 1
 
-    assert "2 lost, 1 won of 6; 2 listed." in view.inner_text("#count")
+    assert "2 lost, 1 won of 6 by acc; 2 listed." in view.inner_text("#count")
     shown = view.locator("#items .item")
     assert shown.count() == 2 and "problem 2" in shown.first.inner_text()
     assert HOSTILE in shown.first.inner_text(), "answers are text, whatever they hold"

@@ -81,7 +81,7 @@ class FakeCell:
         return Cell.row.fget(self)  # type: ignore[attr-defined]
 
     def record_name(self, task: FakeTask) -> str:
-        on = self.calibration.name if self.calibrates else ""
+        on = f"{self.calibration.name}-{self.routing}" if self.calibrates else ""
         seed = self.seed if self.compresses else 0
         return f"{self.model.name}-{self.label}-{on}-{self.ratio}-{seed}-{task.name}.json"
 
@@ -255,6 +255,8 @@ def test_errors_are_shown_for_each_layer_and_averaged_over_seeds(tmp_path: Path)
     table = tables.errors(report.frame(sweep))
     assert table.index.tolist() == [("toy", "REAP", "0.25")], "nothing is said where nothing was measured"
     assert table.iloc[0].to_dict() == {"mean error": "0.3000", "layer 0": "0.1500", "layer 1": "0.4500"}
+    write_record(sweep.store, cells[2], cells[2].tasks[0], None)
+    assert tables.errors(report.frame(sweep)).iloc[0, 0] == "0.3000", "a seed counts once, whatever it has scored"
 
 
 def by_ratio_sweep(tmp_path: Path) -> Sweep:

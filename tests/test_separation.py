@@ -98,10 +98,37 @@ def test_planted_truths_are_told(tmp_path: Path) -> None:
     assert verdicts["Pruning beats merging on generated answers at 50 %"] == claims.HOLDS
     assert verdicts["REAP beats Frequency on generated answers"] == claims.HOLDS
     assert verdicts["REAP beats EAN on generated answers"] == claims.OPEN
-    assert not any("multiple choice" in claim for claim in verdicts.index), "nothing is said without such a task"
+    untested = verdicts[verdicts == "not tested"].index
+    assert set(untested) == {claims.COMPETITIVE, claims.WRONG_TEXT, claims.LATE_LAYERS}, "and that is said"
     turned = {(label, ratio): 1 - value for (label, ratio), value in rows.items()}
     verdicts = found(filled(tmp_path / "turned", turned, CODE)).set_index("claim")["verdict"]
     assert verdicts["Pruning beats merging on generated answers at 50 %"] == claims.CONTRADICTED
+
+
+def test_rows_that_miss_a_seed_are_not_compared_nor_routings_taken_for_seeds(tmp_path: Path) -> None:
+    rows = {("REAP", 0.5): 0.9, ("Frequency", 0.5): 0.2}
+    sweep = filled(tmp_path / "seeds", rows, CODE, seeds=2)
+    assert found(sweep).set_index("claim").loc[claims.OVER_FREQUENCY, "verdict"] == claims.HOLDS
+    write_record(sweep.store, sweep.cells[1], CODE, None)  # REAP's second seed
+    write_record(sweep.store, sweep.cells[2], CODE, None)  # Frequency's first
+    assert found(sweep).set_index("claim").loc[claims.OVER_FREQUENCY, "verdict"] == "not tested"
+
+    rng = np.random.default_rng(0)
+    cells = [FakeCell(label, 0.5, 0, (CODE,), routing=way) for label, _ in rows for way in ("actual", "paper")]
+    both = sweep_of(tmp_path / "routings", cells)
+    for cell in cells:
+        write_items(both.store, cell, CODE, planted(rng, rows[cell.label, 0.5]))
+    lines = found(both)
+    lines = lines[lines["claim"] == claims.OVER_FREQUENCY]
+    assert lines["test"].tolist() == ["McNemar, n = 200"] * 2
+    assert [("routing=paper" in where) for where in lines["where"]] == [False, True]
+
+
+def test_the_papers_metric_is_looked_at() -> None:
+    assert claims.main_metric("gsm8k", ["exact_match:strict-match", "exact_match:flexible-extract"]).endswith("extract")
+    assert claims.main_metric("arc_easy", ["acc", "acc_norm"]) == "acc_norm"
+    assert claims.main_metric("boolq", ["acc", "acc_norm"]) == "acc"
+    assert claims.main_metric("tiny_code", ["base_pass@1", "plus_pass@1"]) == "plus_pass@1"
 
 
 def test_competitive_means_within_a_margin(tmp_path: Path) -> None:
@@ -118,7 +145,7 @@ def test_the_wrong_calibration_text_is_compared_with_the_right_one(tmp_path: Pat
     for cell, right in zip(cells, (0.8, 0.1), strict=True):
         write_items(sweep.store, cell, CODE, planted(rng, right))
     row = found(sweep).set_index("claim").loc["The wrong calibration text destroys code"]
-    assert row["verdict"] == claims.HOLDS and "tiny_code against tiny_facts" in row["where"]
+    assert row["verdict"] == claims.HOLDS and "calibrated on tiny_code, REAP, against tiny_facts" in row["where"]
 
 
 def test_late_layers_are_judged_by_an_exact_permutation(tmp_path: Path) -> None:

@@ -82,6 +82,11 @@ def test_what_cannot_be_paired_is_refused() -> None:
         difference(np.ones((2, 3)), np.ones((3, 3)))
 
 
+def test_a_few_items_that_all_differ_alike_are_no_proof() -> None:
+    assert difference(np.ones((2, 2)), np.zeros((2, 2))).p == pytest.approx(0.5)
+    assert difference(np.ones((2, 12)), np.zeros((2, 12))).is_separated
+
+
 def test_one_item_says_nothing() -> None:
     found = difference(np.array([[0.7]]), np.array([[0.2]]))
     assert found.p == 1 and found.low == -np.inf and found.high == np.inf
