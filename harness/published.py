@@ -238,7 +238,7 @@ def _shown(row: pd.Series) -> dict[str, str]:
         "ratio": f"{row['ratio']:.4g}",
         "benchmark": str(row["benchmark"]),
         "ours": (_pm(row["ours"], row["ours_error"]) or str(row["status"])) + several,
-        "published": f"{published} (Table {row['table']})" if published else "",
+        "published": f"{published} ({row['version']}, Table {row['table']})" if published else "",
         "difference": f"{row['difference']:+.1f} (±{row['error']:.1f})" if _is_number(row.get("difference")) else "",
         "verdict": str(row["verdict"]),
     }

@@ -7,6 +7,7 @@ python -m harness.report experiment=reap_table2 --vs reference   ours beside the
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness import analyse, items, published, separation, tables
+from harness import analyse, bill, figures, items, published, separation, tables
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.page import page
@@ -87,27 +88,44 @@ def show(sweep: Sweep, arguments: Sequence[str]) -> int:
     arguments: the command line that asked for the sweep.
     """
     tidy, read = frame(sweep), items.read(sweep)
-    made = tables.all_of(tidy, separation.best(tidy, items.values(read)))
+    known = items.values(read)
+    made = tables.all_of(tidy, separation.best(tidy, known))
     print(tables.text(made), end="\n\n")
     print(tables.footer(tidy))
     for line in tables.failures(tidy):
         print(line)
-    for path in write(sweep.store, sweep.name, tidy, made):
+    tests = {
+        "difference from the uncompressed model": separation.against_uncompressed(tidy, known),
+        "intervals over seeds": separation.over_seeds(tidy),
+    }
+    for path in write(sweep.store, sweep.name, tidy, made, tests):
         print(path)
     analyses = analyse.load(sweep) if sweep.store.path("analyses", "").exists() else {}
     print(_file(sweep.store, "pages", f"{sweep.name}.html", page(sweep, tidy, read, analyses, arguments)))
     return 1 if (tidy["status"] == "failed").any() else 0
 
 
-def write(store: Store, name: str, tidy: pd.DataFrame, made: Mapping[str, pd.DataFrame]) -> Iterable[Path]:
-    """Markdown, LaTeX and tidy CSV in ``tables/``, the plot in ``figures/``."""
+def write(
+    store: Store, name: str, tidy: pd.DataFrame, made: Mapping[str, pd.DataFrame], tests: Mapping[str, pd.DataFrame]
+) -> Iterable[Path]:
+    """Markdown, LaTeX (with the tests of significance) and tidy CSV in ``tables/``, the plot in ``figures/``."""
     yield _file(store, "tables", f"{name}.md", f"{tables.text(made)}\n\n{tables.footer(tidy)}\n")
-    yield _file(store, "tables", f"{name}.tex", "\n".join(tables.latex(table, title) for title, table in made.items()))
+    written = [tables.latex(table.reset_index(), title) for title, table in made.items()]
+    written += [tables.latex(table, title) for title, table in tests.items() if len(table)]
+    yield _file(store, "tables", f"{name}.tex", "\n".join(written))
     yield _file(store, "tables", f"{name}.csv", tidy.to_csv(index=False))
     if (tidy["status"] == "done").any():
         for suffix in ("png", "pdf"):
             draw = functools.partial(plot, tidy, suffix)
             yield store.put("figures", f"{name}.{suffix}", draw)
+
+
+def write_figures(sweep: Sweep) -> Iterable[Path]:
+    """Every other figure of the page as PNG and PDF, for a paper."""
+    for figure in figures.of_sweep(sweep, frame(sweep)):
+        for suffix in ("png", "pdf"):
+            name = f"{sweep.name}-{re.sub('[^a-z]+', '-', figure.title.lower())}.{suffix}"
+            yield sweep.store.put("figures", name, functools.partial(figure.draw, suffix))
 
 
 def _file(store: Store, kind: str, name: str, text: str) -> Path:
@@ -117,12 +135,23 @@ def _file(store: Store, kind: str, name: str, text: str) -> Path:
 @refuse_politely
 def main() -> int:
     arguments = sys.argv[1:]
-    if "--vs" not in arguments:
-        return show(expand(arguments), arguments)
-    place = arguments.index("--vs")
-    if arguments[place + 1 : place + 2] != ["reference"]:
+    place = arguments.index("--vs") if "--vs" in arguments else len(arguments)
+    if arguments[place + 1 : place + 2] != ["reference"] and place < len(arguments):
         raise UserError("--vs takes one word: --vs reference, the numbers in results/reference/.")
-    sweep = expand([*arguments[:place], *arguments[place + 2 :]])
+    asked = [*arguments[:place], *arguments[place + 2 :]]
+    sweep = expand(asked)
+    if sweep.dry_run:
+        return bill.show(sweep)
+    if place < len(arguments):
+        return compare(sweep)
+    status = show(sweep, asked)
+    for path in write_figures(sweep):
+        print(path)
+    return status
+
+
+def compare(sweep: Sweep) -> int:
+    """Print our numbers beside the published ones, and write them."""
     text = published.text(frame(sweep))
     print(text, _file(sweep.store, "tables", f"{sweep.name}-vs-reference.md", text + "\n"), sep="\n\n")
     return 0

@@ -332,8 +332,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
-    """booktabs, with the signs LaTeX spells differently."""
-    written = table.reset_index().to_latex(index=False, escape=True, caption=caption.replace("_", r"\_"))
+    """booktabs, without the index, with the signs LaTeX spells differently."""
+    written = table.to_latex(index=False, escape=True, caption=caption.replace("_", r"\_"))
     for sign, spelling in {"±": r"$\pm$", NOT_RUN: "--", FAILED: r"$\times$"}.items():
         written = written.replace(sign, spelling)
     return re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", written)

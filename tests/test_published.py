@@ -253,6 +253,6 @@ def test_the_text_has_the_papers_shape_then_every_line_and_the_count() -> None:
     shape, lines, count, legend = said.split("\n\n")
     assert "HumanEval+" in shape.splitlines()[0] and "GSM8K" in shape.splitlines()[0]
     assert sum("qwen3_30b_a3b" in row for row in shape.splitlines()) == 1, "benchmarks of two texts share a row"
-    assert UNPUBLISHED in lines and NOT_RUN in lines and "(Table A7)" in lines
+    assert UNPUBLISHED in lines and NOT_RUN in lines and "(v2, Table A7)" in lines
     assert count == "2 of 4 compared numbers lie inside."
     assert "1.96" in legend
