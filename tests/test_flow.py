@@ -56,11 +56,11 @@ def bench(store: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def results(store: Path) -> pd.DataFrame:
-    """What must not depend on when and in how many pieces a sweep was run: not times, and not which plan a new engine
-    was started for.
+    """What must not depend on when and in how many pieces a sweep was run: not times and memory, and not which plan a
+    new engine was started for.
     """
     table = pd.read_csv(store / "tables" / "run.csv")
-    return table.drop(columns=[*TIMES, *(name for name in table if name.startswith("served_"))])
+    return table.drop(columns=[*TIMES, *(name for name in table if name.startswith(("served_", "peak_")))])
 
 
 def our_servers() -> list[psutil.Process]:

@@ -24,7 +24,8 @@ def assert_equal(a: Stats, b: Stats, rtol: float = 1e-5, atol: float = 1e-5) -> 
     for index, layer in a.layers.items():
         assert layer.tokens == b.layers[index].tokens
         for name in layer.sums:
-            np.testing.assert_allclose(layer[name], b.layers[index][name], rtol=rtol, atol=atol, err_msg=name)
+            here = max(atol, 2e-6 * float(np.abs(layer[name]).max()))  # terms in float32 are rounded at the sums' scale
+            np.testing.assert_allclose(layer[name], b.layers[index][name], rtol=rtol, atol=here, err_msg=name)
 
 
 def expert_output(experts: torch.nn.Module, expert: int, x: Tensor) -> Tensor:
