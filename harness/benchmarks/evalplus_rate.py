@@ -1,6 +1,6 @@
 """Problems per minute of our generation and of EvalPlus's own ``openai`` backend, against one server: one run.
 
-python -m harness.benchmarks.evalplus_rate
+python -m harness.benchmarks.evalplus_rate [overrides, such as serve.dtype=float32]
 
 EvalPlus asks for one chat completion after the other. The embedded model has no chat template, so the server gets one
 that joins the messages; we send the text that it makes of EvalPlus's messages, all at once. Greedy outputs are
@@ -40,7 +40,7 @@ def timed(make: Callable[[], list[str]]) -> tuple[list[str], float]:
 
 
 def main() -> int:
-    cell = expand(["method=none", "serve=plan"]).cells[0]
+    cell = expand(["method=none", "serve=plan", *sys.argv[1:]]).cells[0]
     assert isinstance(cell.serve, VLLM)
     vllm = replace(cell.serve, extra_args=("--chat-template", TEMPLATE))
     task = next(task for task in cell.tasks if isinstance(task, EvalPlus))
