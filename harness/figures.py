@@ -22,7 +22,7 @@ from harness import plan as plans
 from harness import stages, tables
 from harness.plan import LayerPlan, Plan
 from harness.plot import colours as colours_of
-from harness.spec import CALIBRATED
+from harness.plot import named
 from harness.sweep import Sweep
 
 MAPS = 24  # plans whose experts are drawn: more cannot be told apart on a page
@@ -39,7 +39,7 @@ class Figure(NamedTuple):
 
 def of_sweep(sweep: Sweep, tidy: pd.DataFrame) -> Iterator[Figure]:
     """Those that the sweep has something to show in."""
-    done = tables.complete(named(tidy))
+    done = tables.complete(named(tidy, tables.plan_names(tidy)))
     compressed = done[done["ratio"] > 0]
     if "reconstruction" in compressed and compressed["reconstruction"].notna().any():
         yield Figure(
@@ -75,15 +75,6 @@ def of_sweep(sweep: Sweep, tidy: pd.DataFrame) -> Iterator[Figure]:
             "Score in points by calibration text, the mean over seeds; grey: the text is not read or it was not run.",
             lambda suffix, path: _by_calibration(whole[whole["ratio"] > 0], suffix, path),
         )
-
-
-def named(tidy: pd.DataFrame) -> pd.DataFrame:
-    """Labels that also say how a plan was calibrated, where there are several ways to tell apart."""
-    labels = tidy["label"]
-    for column, word in zip(CALIBRATED, ("on", "routing"), strict=True):
-        if column in tables.plan_names(tidy):
-            labels = labels.where(tidy[column] == "none", labels + f" {word} " + tidy[column])
-    return tidy.assign(label=labels)
 
 
 def _save(figure: Canvas, suffix: str, path: Path) -> None:
@@ -181,7 +172,7 @@ def _kept(found: Mapping[str, Plan], suffix: str, path: Path) -> None:
 def _cost(done: pd.DataFrame, suffix: str, path: Path) -> None:
     names, seconds = [], []
     for name, group in tables.by_row(done, tables.plan_names(done)):
-        first = group[group["seed"].isna() | (group["seed"] == group["seed"].min())].drop_duplicates("task")
+        first = tables.first_seed(group)
         row = first.iloc[0]
         of_stages = [float(row.get(f"seconds_{stage}", 0.0)) for stage in STAGES[:-1]]
         names.append(" ".join(name[1:]) if done["model"].nunique() == 1 else " ".join(name))

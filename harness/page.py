@@ -19,7 +19,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from harness import analyse, analysis_figures, claims, figures, separation, tables
+from harness import analyse, analysis_figures, claims, figures, tables
 from harness.analyses import Analysis
 from harness.claims import main_metric
 from harness.figures import Figure
@@ -30,6 +30,7 @@ from harness.sweep import Sweep
 from tasks import Item
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+AGAINST, SEEDS = "difference from the uncompressed model", "intervals over seeds"  # tables of tests, by what they show
 ANSWERS = 40  # rows of which answers are shown: a page of hundreds would take minutes to open
 
 
@@ -56,10 +57,17 @@ class _Texts:
 
 
 def page(
-    sweep: Sweep, tidy: pd.DataFrame, read: Items, analyses: Mapping[Row, Analysis], arguments: Sequence[str]
+    sweep: Sweep,
+    tidy: pd.DataFrame,
+    read: Items,
+    made: Mapping[str, pd.DataFrame],
+    tests: Mapping[str, pd.DataFrame],
+    analyses: Mapping[Row, Analysis],
+    arguments: Sequence[str],
 ) -> str:
-    """The whole file. tidy: of `harness.report.frame`. read: of `harness.items.read`. analyses: of
-    `harness.analyse.load`, none if nothing was analysed. arguments: the command's.
+    """The whole file. tidy: of `harness.report.frame`. read: of `harness.items.read`. made, tests: of
+    `harness.report.summary`. analyses: of `harness.analyse.load`, none if nothing was analysed. arguments: the
+    command's.
     """
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
     done = tidy[tidy["status"] == "done"]
@@ -67,7 +75,7 @@ def page(
     return environment.get_template(TEMPLATE.name).render(
         title=f"MoE compression bench: {sweep.name}",
         summary=_summary(tidy),
-        sections=list(_sections(sweep, tidy, values(read), analyses)),
+        sections=list(_sections(sweep, tidy, values(read), made, tests, analyses)),
         problems=problems(read),
         command=f"./bench run {command}",
         page_command=f"./bench table {command}",
@@ -82,8 +90,14 @@ def _summary(tidy: pd.DataFrame) -> str:
     return f"{tidy['label'].nunique()} methods, {tidy['task'].nunique()} tasks, {len(rows)} scores: {counts}."
 
 
-def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values, analyses: Mapping[Row, Analysis]) -> Iterator[Section]:
-    made = tables.all_of(tidy, separation.best(tidy, known))
+def _sections(
+    sweep: Sweep,
+    tidy: pd.DataFrame,
+    known: Values,
+    made: Mapping[str, pd.DataFrame],
+    tests: Mapping[str, pd.DataFrame],
+    analyses: Mapping[Row, Analysis],
+) -> Iterator[Section]:
     of_scores = {title: table for title, table in made.items() if title not in ("costs", "serving", "errors")}
     lines = tables.footer(tidy).splitlines()
     failed = tables.failures(tidy)
@@ -94,21 +108,19 @@ def _sections(sweep: Sweep, tidy: pd.DataFrame, known: Values, analyses: Mapping
         [_table(table) for table in of_scores.values()],
         list(_drawn([_scores_figure(tidy)] if (tidy["status"] == "done").any() else [])),
     )
-    tests = separation.against_uncompressed(tidy, known)
-    if len(tests):
+    if len(tests[AGAINST]):
         words = (
             "The same problems under both models. Pass or fail with one seed: McNemar's exact test, and an interval "
             "after Agresti and Min; otherwise Student's t over items and seeds. p is corrected over the rows of a task "
             "(Holm). “No difference found” is not “no difference”: the interval says what could not be ruled out."
         )
-        yield Section("tests", "Against the uncompressed model", [words], [_table(tests, index=False)])
-    seeds = separation.over_seeds(tidy)
-    if len(seeds):
+        yield Section("tests", "Against the uncompressed model", [words], [_table(tests[AGAINST], index=False)])
+    if len(tests[SEEDS]):
         words = (
             "A seed draws the calibration text (and what a method chooses at random); the interval is Student's over "
             "the seeds' scores and says nothing about the choice of problems."
         )
-        yield Section("seeds", "Over seeds", [words], [_table(seeds, index=False)])
+        yield Section("seeds", "Over seeds", [words], [_table(tests[SEEDS], index=False)])
     kinds = {task.name: task.kind for cell in sweep.cells for task in cell.tasks}
     if found := claims.findings(tidy, known, kinds, {row: one.distortions for row, one in analyses.items()}):
         words = (

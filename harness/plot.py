@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,9 +22,8 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     A line is a method (on one calibration set, where there are several). A point stands for all its seeds or is not
     drawn.
     """
+    done = tables.complete(tidy).assign(label=lambda rows: _lines(tidy)[rows.index])
     tidy = tidy.assign(label=_lines(tidy))
-    finished = tidy["status"] == "done"
-    done = tidy[finished.groupby([tidy[name] for name in ("model", "label", "ratio", "task")]).transform("all")]
     panels = list(done[["model", "task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
     labels = [label for label in tidy["label"].unique() if (tidy[tidy["label"] == label]["ratio"] > 0).any()]
     columns = min(3, len(panels))
@@ -42,11 +42,16 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
 
 
 def _lines(tidy: pd.DataFrame) -> pd.Series:
-    lines = tidy["label"]
+    return named(tidy, tables.row_names(tidy))["label"]
+
+
+def named(tidy: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Labels that also say how a plan was calibrated, as far as that is among these names."""
+    labels = tidy["label"]
     for column, word in zip(CALIBRATED, ("on", "routing"), strict=True):
-        if column in tables.row_names(tidy):
-            lines = lines.where(tidy[column] == "none", lines + f" {word} " + tidy[column])
-    return lines
+        if column in names:
+            labels = labels.where(tidy[column] == "none", labels + f" {word} " + tidy[column])
+    return tidy.assign(label=labels)
 
 
 def colours(tidy: pd.DataFrame) -> dict[str, str]:

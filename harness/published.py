@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from harness.models import ROOT
-from harness.tables import FAILED, NOT_RUN
+from harness.tables import FAILED, NOT_RUN, plan_names
 
 REFERENCE = ROOT / "results" / "reference" / "reap.csv"
 UNPUBLISHED = "no published number"
@@ -194,8 +194,7 @@ def _beside(ours: Measured | None, status: str, printed: pd.Series | None) -> di
 def text(tidy: pd.DataFrame, version: str = "v2") -> str:
     """Our table in the paper's shape, the comparison line by line, how many agree, and how to read it; in Markdown."""
     found = compare(tidy, version)
-    several = [name for name in ("calibration", "routing") if len(set(found[name]) - {"none"}) > 1]
-    names = ["model", "method", *several]
+    names = plan_names(found)[:-1]  # the ratio is shown in a column of its own
     rows = [{name: str(row[name]) for name in names} | _shown(row) for _, row in found.iterrows()]
     table = str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
     compared = found[found["verdict"].isin(["inside", "outside"])]

@@ -18,7 +18,7 @@ import pandas as pd
 from harness import analyse, bill, figures, items, published, separation, tables
 from harness.commandline import refuse_politely
 from harness.errors import UserError
-from harness.page import page
+from harness.page import AGAINST, SEEDS, page
 from harness.plot import plot
 from harness.store import Store
 from harness.sweep import Sweep, expand
@@ -88,21 +88,25 @@ def show(sweep: Sweep, arguments: Sequence[str]) -> int:
     arguments: the command line that asked for the sweep.
     """
     tidy, read = frame(sweep), items.read(sweep)
-    known = items.values(read)
-    made = tables.all_of(tidy, separation.best(tidy, known))
+    made, tests = summary(tidy, items.values(read))
     print(tables.text(made), end="\n\n")
     print(tables.footer(tidy))
     for line in tables.failures(tidy):
         print(line)
-    tests = {
-        "difference from the uncompressed model": separation.against_uncompressed(tidy, known),
-        "intervals over seeds": separation.over_seeds(tidy),
-    }
     for path in write(sweep.store, sweep.name, tidy, made, tests):
         print(path)
     analyses = analyse.load(sweep) if sweep.store.path("analyses", "").exists() else {}
-    print(_file(sweep.store, "pages", f"{sweep.name}.html", page(sweep, tidy, read, analyses, arguments)))
+    print(_file(sweep.store, "pages", f"{sweep.name}.html", page(sweep, tidy, read, made, tests, analyses, arguments)))
     return 1 if (tidy["status"] == "failed").any() else 0
+
+
+def summary(tidy: pd.DataFrame, known: items.Values) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
+    """The tables of a sweep, and those of its tests of significance, by what they show."""
+    tests = {
+        AGAINST: separation.against_uncompressed(tidy, known),
+        SEEDS: separation.over_seeds(tidy),
+    }
+    return tables.all_of(tidy, separation.best(tidy, known)), tests
 
 
 def write(

@@ -123,10 +123,13 @@ def _of_one_seed(tidy: pd.DataFrame, describe: Callable[[pd.DataFrame], dict[str
     """A table of what ``describe`` says of each row's first seed, one line per task."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for name, group in by_row(tidy, plan_names(tidy)):
-        done = group[group["status"] == "done"]
-        first = done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
-        rows[name] = describe(first)
+        rows[name] = describe(first_seed(group[group["status"] == "done"]))
     return _table(rows, plan_names(tidy)).fillna(NOT_RUN)
+
+
+def first_seed(done: pd.DataFrame) -> pd.DataFrame:
+    """A row's first seed, one line per task."""
+    return done[done["seed"].isna() | (done["seed"] == done["seed"].min())].drop_duplicates("task")
 
 
 def _cost(rows: pd.DataFrame) -> dict[str, str]:

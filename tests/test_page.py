@@ -36,7 +36,8 @@ def written(folder: Path) -> Path:
     sweep = three_rows(folder)
     file = folder / "page.html"
     arguments = ["sweep=toy", "store=somewhere"]
-    file.write_text(page.page(sweep, report.frame(sweep), items.read(sweep), {}, arguments))
+    tidy, read = report.frame(sweep), items.read(sweep)
+    file.write_text(page.page(sweep, tidy, read, *report.summary(tidy, items.values(read)), {}, arguments))
     return file
 
 
