@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from harness.errors import StageError
 from harness.plan import LayerPlan
+from harness.search import Search
 
 # Sums over the tokens routed to an expert, each of shape [E]. With g the gate the model really multiplied with, f(x)
 # the expert's output before the gate and n = ||f(x)||_2.
@@ -54,8 +55,14 @@ EXTRAS = (
 # Sums over the entries of an expert's weight matrices (gate, up and down together), [E]: no text is needed for them.
 WEIGHTS = ("weight_count", "weight_abs", "weight_sq")
 
-# What a method may ask to be told besides: `Stats.error`.
-MEASURES = ("reconstruction",)
+# How much the output of a layer changes when experts are merged (`harness.barriers`), for each way of measuring it:
+# ``pair_barrier.<mode>`` [E, E], ``triple_barrier.<mode>`` [T] and its ``triangles.<mode>`` [T, 3], expert indices.
+BARRIER_MODES = ("logit_lens", "hidden_softmax", "l2", "lm")
+BARRIER_SUMS = ("pair_barrier", "triangles", "triple_barrier")
+BARRIERS = tuple(f"{name}.{mode}" for mode in BARRIER_MODES for name in BARRIER_SUMS)
+
+# What a method may ask to be told besides: `Stats.error` and `Stats.search`.
+MEASURES = ("reconstruction", "search")
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,14 @@ class Stats:
     """Statistics of every MoE layer, by the layer's index in the model, and where they came from.
 
     error: the measured reconstruction error of a plan for one layer (`harness.reconstruct`), for methods that list
-    "reconstruction" among their needs.
+    "reconstruction" among their needs. search: the model pruned in many ways on so many sequences of the calibration
+    text, for those that list "search".
     """
 
     layers: Mapping[int, LayerStats]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     error: Callable[[int, LayerPlan], float] | None = None
+    search: Callable[[int], Search] | None = None
 
     def __add__(self, other: Stats) -> Stats:
         assert self.layers.keys() == other.layers.keys(), (sorted(self.layers), sorted(other.layers))
@@ -119,12 +128,13 @@ class Stats:
         """What a method that declares ``needs = names`` is given: nothing else, so it can read nothing else."""
         sums = names - set(MEASURES)
         layers = {index: layer.only(sums) for index, layer in self.layers.items()}
-        return Stats(layers, self.provenance, self.error if names & set(MEASURES) else None)
+        error = self.error if "reconstruction" in names else None
+        return Stats(layers, self.provenance, error, self.search if "search" in names else None)
 
     def joined(self, other: Stats) -> Stats:
         """The sums of both, which have no name in common."""
         layers = {index: layer.joined(other.layers[index]) for index, layer in self.layers.items()}
-        return Stats(layers, {**self.provenance, **other.provenance}, self.error or other.error)
+        return Stats(layers, {**self.provenance, **other.provenance}, self.error or other.error, self.search)
 
     def check_finite(self) -> None:
         """Raise StageError at the first sum that is not finite: a ranking of NaN would be an arbitrary one."""
