@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harness.plan import LayerPlan
 from harness.stats import LayerStats, Stats
 from methods import Method, SequentialMethod
+from methods.allocations import Allocation, Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,21 @@ def decide(method: Method, stats: Stats, keep: Mapping[int, int]) -> dict[int, L
     given = stats.only(method.needs)
     given.check_finite()
     return method.plan(given, keep)
+
+
+def allocate(allocation: Allocation, method: Method, stats: Stats, budget: Budget) -> dict[int, int]:
+    """How many experts each layer keeps, from nothing but what the allocation and the method declare.
+
+    Raises StageError where a sum is not finite.
+    """
+    given = stats.only(allocation.needs | method.needs)
+    given.check_finite()
+    counts = allocation.keep(given, method, budget)
+    assert sum(counts.values()) == budget.kept, "exactly what was asked for"
+    assert all(
+        min(budget.floor, budget.experts[layer]) <= count <= budget.experts[layer] for layer, count in counts.items()
+    )
+    return counts
 
 
 def decide_in_sequence(

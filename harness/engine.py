@@ -20,7 +20,8 @@ RESETS = 5  # tries to empty the prefix cache, a second apart
 
 
 class Engine:
-    """llm: where it answers. log: its output. plan: digest of the plan its weights are; None for the folder as it is.
+    """llm: where it answers. log: its output. plan: digest of the plan its weights are, or the other folder they are
+    from; None for its own folder as it is.
 
     masked: whether routers are barred from experts that are there. is_new: whether nothing was done with it yet.
     """
@@ -49,6 +50,12 @@ class Engine:
         self._forget()
         self._call("swap_plan", str(file))
         self.plan, self.masked = plan.digest, False
+
+    def swap_folder(self, folder: Path) -> None:
+        """Make the weights those of a checkpoint made from the engine's own. Raises StageError as `swap`."""
+        self._forget()
+        self._call("swap_plan", "", str(folder))
+        self.plan, self.masked = str(folder), False
 
     def unswap(self) -> None:
         """Make the weights those of the folder again, all experts open."""

@@ -153,7 +153,11 @@ def keeps_rows(method: Method) -> bool:
     flat = {name: 1 + rng.random(experts) for name in (*stats.ROUTED, *stats.EXTRAS, *stats.WEIGHTS)}
     gram = {name: (rows := rng.random((experts, experts))) @ rows.T for name in stats.PAIRWISE}
     wide = {name: rng.random((experts, 4)) for name in stats.OF_OUTPUTS}
-    layer = LayerStats(experts, 100, {**flat, **gram, **wide})
+    shape = {"pair_barrier": (experts, experts), "triangles": (0, 3), "triple_barrier": (0,)}
+    barriers = {name: np.zeros(shape[name.split(".")[0]]) for name in stats.BARRIERS}
+    layer = LayerStats(experts, 100, {**flat, **gram, **wide, **barriers})
+    if "search" in method.needs:
+        return False  # what is searched over are experts to prune
     with suppress(Exception):
         made = method.plan(Stats({0: layer}, error=lambda layer, plan: 0.0), {0: experts // 2})
         return len(made[0].kept_rows) == experts

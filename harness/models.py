@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
+EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")  # hidden units of an expert: the first that is there
+
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*")
 
 _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
@@ -70,6 +72,11 @@ def role(name: str, shape: Sequence[int], experts: Mapping[int, int]) -> Role:
     if _ROUTER.search(rest):
         return Role("router", layer, part=rest)
     return Role("other")
+
+
+def expert_widths(config: Mapping[str, Any]) -> dict[str, int]:
+    """The field of config.json that says how many hidden units an expert has, and how many those are."""
+    return {name: int(config[name]) for name in [n for n in EXPERT_WIDTH if isinstance(config.get(n), int)][:1]}
 
 
 def layer_index(module_name: str) -> int:

@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import make_layers
 
 from harness import plan as plans
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, layer_index
+from harness.models import EXPERT_COUNT, Model, expert_widths, layer_index
 from harness.plan import LayerPlan, Plan
 from harness.rewrite import Layout, Rewrite
 
@@ -52,30 +52,40 @@ def register() -> None:
 
 
 class PlanLoader(DefaultModelLoader):
-    """Builds and fills a model by the plan that ``model_loader_extra_config["plan"]`` names; as it is, without one."""
+    """Builds and fills a model by the plan that ``model_loader_extra_config["plan"]`` names; as it is, without one.
+
+    ``model_loader_extra_config["folder"]``: a checkpoint made from the model, which takes its place: experts may be
+    fewer or narrower there, and nothing else may have another shape.
+    """
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(dataclasses.replace(load_config, model_loader_extra_config={}))
         self.file = load_config.model_loader_extra_config.get("plan")
+        self.folder = load_config.model_loader_extra_config.get("folder")
         self.plan: Plan
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Raises UserError if the plan is another model's or this build of vLLM cannot map merged experts."""
-        source = Model("original", model_config.model)
+        source = self._source(model_config)
         self.plan = Plan({layer: LayerPlan.identity(count) for layer, count in source.experts.items()})
         if self.file is not None:
             self.plan = plans.from_json(Path(self.file).read_text())
         self.plan.validate(source.experts, source.top_k)
+        for name, width in expert_widths(source.config).items():
+            setattr(model_config.hf_text_config, name, width)
         with _counts_while_building(model_config, self.plan):
             model = super().load_model(vllm_config, model_config, prefix)
         for layer, runner in moe_layers(model).items():
             _map_rows_to_slots(runner, self.plan.layers[layer])
         return model
 
+    def _source(self, model_config: ModelConfig) -> Model:
+        return Model("original", self.folder or model_config.model)
+
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
         """Names and tensors as the plan leaves them, in the order of the original files."""
         layouts = {index: Layout.slots(layer) for index, layer in self.plan.layers.items()}
-        rewrite = Rewrite(Model("original", model_config.model), self.plan, layouts)
+        rewrite = Rewrite(self._source(model_config), self.plan, layouts)
         for jobs in rewrite.files.values():
             for job, data in zip(jobs, rewrite.contents(jobs), strict=True):
                 kind = TYPES[job.entry.dtype]

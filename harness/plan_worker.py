@@ -30,9 +30,9 @@ else:
 class PlanWorker(Worker):
     """Mixed into vLLM's worker class. Arguments and results are what JSON can carry."""
 
-    def swap_plan(self, file: str) -> None:
-        """Rebuild the model by the plan in ``file`` (if that is empty, as the folder has it) and keep everything else:
-        cache memory, scheduler, connections.
+    def swap_plan(self, file: str, folder: str = "") -> None:
+        """Rebuild the model by the plan in ``file`` (if that is empty, as the folder has it), or from the checkpoint in
+        ``folder``, and keep everything else: cache memory, scheduler, connections.
 
         vLLM's own ``reload_weights`` is no way to do this: it keeps the expert count, and on CPUs its numbers are off.
         """
@@ -46,7 +46,8 @@ class PlanWorker(Worker):
                 setattr(self.model_runner, holder, None)
         gc.collect()
         self.vllm_config.load_config.load_format = "plan"
-        self.vllm_config.load_config.model_loader_extra_config = {"plan": file} if file else {}
+        asked = {"plan": file, "folder": folder}
+        self.vllm_config.load_config.model_loader_extra_config = {name: value for name, value in asked.items() if value}
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.load_model()
         assert {name for name, layer in layers.items() if hasattr(layer, "kv_cache")} == set(attention)

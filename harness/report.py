@@ -23,6 +23,8 @@ from harness.plot import plot
 from harness.store import Store
 from harness.sweep import Sweep, expand
 
+RECOVERY = ("tokens", "seconds", "kl_before", "kl_after")  # of a recovery's report, what tables show
+
 
 def frame(sweep: Sweep) -> pd.DataFrame:
     """Tidy: one row per cell, task and metric; one row without metric where there is no score."""
@@ -47,6 +49,8 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
         **{f"original_{name}": value for name, value in original.items()},
         **{f"peak_{name}": value for name, value in found.get("peak_memory", {}).items()},
         **{f"seconds_{name}": value for name, value in found.get("seconds", {}).items()},
+        **{f"search_{name}": value for name, value in found.get("search", {}).get("spent", {}).items()},
+        **{f"recovery_{name}": found["recovery"].get(name) for name in RECOVERY if "recovery" in found},
         **_served(found.get("served", {})),
         **{f"count_{name}": value for name, value in found.get("counts", {}).items()},
         **_made_by(found.get("provenance", {})),

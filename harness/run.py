@@ -31,6 +31,7 @@ def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
     """Everything that needs the model in this process."""
     given = stages.statistics(cell, store)
     made = stages.plan(cell, given, store)
+    stages.remade(cell, given, made, store)
     stages.reconstruct(cell, made, store)
     stages.reference(cell, made, store)
     return given, made

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ def give_back_memory() -> None:
 @contextmanager
 def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> Iterator[Weights]:
     expected = stages.reference(cell, made, store)
+    if cell.recovery is not None:
+        folder = stages.remade_folder(cell, made, store)
+        base = cell.model.folder if checkpoint.differs_in_experts_only(folder, cell.model) else None
+        yield Weights(folder, expected=expected, base=base)
+        return
     if cell.serve.reads_plans:
         yield Weights(cell.model.folder, made, stages.plan_file(cell, store), expected)
         return
@@ -95,7 +100,8 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
 
 def score_name(cell: Cell, made: Plan, task: Task) -> str:
     """Name of the score of these weights on this task, whatever method found the plan."""
-    weights = key(model=cell.model.digest, plan="identity" if made.is_identity else made.digest)
+    plan = "identity" if made.is_identity else made.digest
+    weights = key(model=cell.model.digest, plan=plan, **cell.remake_identity())
     fields = {"task": dict(task.identity()), "serve": dict(cell.serve.identity()), "schema": SCORE_SCHEMA}
     return key(weights=weights, **fields) + ".json"
 
@@ -198,6 +204,26 @@ def samples(cell: Cell, task: Task, store: Store) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def _size(cell: Cell, made: Plan, store: Store) -> checkpoint.Size:
+    """What is served: the plan, or the checkpoint that was made of it."""
+    size = checkpoint.measure(cell.model, made)
+    folder = stages.remade_folder(cell, made, store)
+    if cell.recovery is None or not folder.exists():
+        return size
+    found = checkpoint.tensors_of(folder)
+    nbytes = sum(tensor.nbytes for tensor in found)
+    return replace(size, parameters=sum(t.elements for t in found), bytes=nbytes, distinct_bytes=nbytes)
+
+
+def _remade(cell: Cell, given: Stats, made: Plan, store: Store) -> dict[str, Any]:
+    """What it took to make the weights anew, if they were and it succeeded."""
+    if cell.recovery is None or not stages.remade_folder(cell, made, store).exists():
+        return {}
+    found = stages.remade(cell, given, made, store)
+    assert found is not None
+    return {"recovery": dict(found.report)}
+
+
 def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error: str | None, store: Store) -> None:
     """One JSON for one cell on one task: what was asked, what it is made of, and either its score or why it failed."""
     document: dict[str, Any] = {
@@ -213,11 +239,13 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
         document["plan"] = made.digest
         document["peak_memory"] = given.provenance.get("peak_memory", {})
         document["calibration_tokens"] = given.provenance.get("number_of_tokens", 0)
-        document["size"] = asdict(checkpoint.measure(cell.model, made))
+        document["size"] = asdict(_size(cell, made, store))
         document["seconds"] = {
             "calibrate": given.provenance.get("seconds", 0.0),
             "plan": made.provenance["seconds"],
         }
+        document["search"] = made.provenance.get("search", {})
+        document |= _remade(cell, given, made, store)
         if not error:
             name = score_name(cell, made, task)
             found = store.read_json("scores", name)

@@ -51,13 +51,16 @@ MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM all
 class Weights:
     """What to serve: the checkpoint in ``folder``, under ``plan`` (which ``file`` holds) or, without one, as it is.
 
-    expected: what it must say of the probe (``harness/reference.py``), where that is known.
+    base: the folder that the checkpoint was made from, if nothing but its experts' number and width has changed: an
+    engine that was started on it can turn to the checkpoint. expected: what it must say of the probe
+    (``harness/reference.py``), where that is known.
     """
 
     folder: Path
     plan: Plan | None = None
     file: Path | None = None
     expected: Expected | None = None
+    base: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Served:
     """Weights at a URL.
 
     how: ``checkpoint`` (a folder as it is), ``plan`` (an engine started on a plan), ``swap`` (a running engine turned
-    to the plan), ``mask`` (a running engine whose routers are barred from dropped experts), ``external server``.
+    to the plan or checkpoint), ``mask`` (a running engine whose routers are barred from dropped experts), ``external
+    server``.
     weight_bytes: memory of the weights; None where it is not the plan's (mask) or not known. difference: of the probe's
     log-probabilities from the expected ones, mean in nats; None where these are not known.
     """
@@ -204,7 +208,8 @@ class VLLM:
         with the harness, however that ends. Raises StageError, with the log's decisive line, if the server dies or does
         not come up in time, or if its log-probabilities are not finite.
         """
-        if weights.plan is None or self.how == "plan":
+        turns = weights.plan is not None or weights.base is not None
+        if not turns or self.how not in ("swap", "mask"):
             with self._started(weights, name, log) as engine:
                 how = "checkpoint" if weights.plan is None else "plan"
                 yield Served(engine.llm, how, engine.weight_bytes(), self._probe(engine, weights))
@@ -235,29 +240,35 @@ class VLLM:
     def _turned(self, weights: Weights, name: str, log: Path) -> Served:
         """The kept engine, turned to the plan; a new one if there is none, or if turning it did not work."""
         global _kept
-        if _kept is not None and _kept.fits(self, weights.folder):
+        folder = weights.base or weights.folder
+        if _kept is not None and _kept.fits(self, folder):
             try:
                 return self._turn(_kept.engine, weights)
             except StageError as problem:
                 say("serve", name, f"a new engine is started: {str(problem).splitlines()[0]}")
         release()
         with ExitStack() as running:
-            first = Weights(weights.folder) if self._masks(weights) else weights
+            first = Weights(folder) if weights.base or self._masks(weights) else weights
             engine = running.enter_context(self._started(first, name, log))
-            _kept = _Kept(self, weights.folder, engine, running.pop_all())
+            _kept = _Kept(self, folder, engine, running.pop_all())
         return self._turn(engine, weights)
 
     def _turn(self, engine: Engine, weights: Weights) -> Served:
-        """Make a running engine serve the plan, and probe it. Raises StageError; then it is ended: it is not sound."""
-        assert weights.plan and weights.file
+        """Make a running engine serve the weights, and probe it. Raises StageError; it is ended then: it is not sound."""
         size = None
         try:
-            if self._masks(weights):
+            if weights.plan is None:
+                how = "swap"
+                engine.swap_folder(weights.folder)
+                size = engine.weight_bytes()
+            elif self._masks(weights):
+                assert weights.file
                 if engine.plan is not None:
                     engine.unswap()
                 engine.mask(weights.file)
                 how = "mask"
             else:
+                assert weights.file
                 how = "plan" if engine.is_new and engine.plan == weights.plan.digest else "swap"
                 if how == "swap":
                     engine.swap(weights.plan, weights.file)
@@ -272,7 +283,8 @@ class VLLM:
         """Whether closing experts does what the plan does: not if it merges, or if dropping some changes the groups
         that the router chooses among.
         """
-        assert weights.plan is not None
+        if weights.plan is None:
+            return False
         groups = Model("", str(weights.folder)).config.get("n_group") or 1
         return self.how == "mask" and weights.plan.only_prunes and int(groups) == 1
 

@@ -20,22 +20,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import methods
-from harness import budget, checkpoint
+from harness import budget, checkpoint, remake
 from harness.build import CONF, build, one_message, shared
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.hf import Transformers
 from harness.models import Model
+from harness.remake import Remake
 from harness.serve import VLLM, Server
-from harness.stats import EXTRAS, MEASURES, ROUTED, WEIGHTS
+from harness.stats import BARRIERS, EXTRAS, MEASURES, ROUTED, WEIGHTS
 from harness.store import key
 from methods import Method, SequentialMethod
+from methods.allocations import Allocation
+from methods.allocations.uniform import Uniform
 from methods.none import NoCompression
 from tasks import Task
+
+UNIFORM = CONF / "allocation" / "uniform.yaml"
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
 STATS_SCHEMA = 4  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
 ERRORS_SCHEMA = 1  # the errors of harness/reconstruct.py, and the blocks in memory of blocks.py and align.py
+SEARCH_SCHEMA = 1  # the answers of harness/model_search.py and masked.py
+BARRIER_SCHEMA = 1  # the sums of harness/barriers.py
 SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 
 
@@ -68,16 +75,23 @@ class Cell:
     routing: str = "actual"
     collect: frozenset[str] = frozenset()
     keep_checkpoints: bool = False
+    allocation: Allocation = Uniform()  # how the layers share what the ratio leaves
+    recovery: Remake | None = None  # what makes new weights of the plan's model
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of all that decides the plan (`harness.stats`)."""
+        return self.method.needs | self.allocation.needs
 
     @property
     def calibrates(self) -> bool:
         """Whether the method reads statistics of the calibration text."""
-        return bool(self.method.needs & {*ROUTED, *EXTRAS})
+        return bool(self.needs & {*ROUTED, *EXTRAS, *BARRIERS, "search"})
 
     @property
     def extras(self) -> frozenset[str]:
         """Extra statistics the calibration pass must gather."""
-        return (self.method.needs | self.collect) & set(EXTRAS)
+        return (self.needs | self.collect) & set(EXTRAS)
 
     @property
     def in_sequence(self) -> bool:
@@ -90,7 +104,9 @@ class Cell:
 
     @cached_property
     def keep(self) -> dict[int, int]:
-        """Experts kept in each layer (distinct experts left, for merging)."""
+        """Experts that the ratio leaves in each layer (distinct experts, for merging). An allocation that is not
+        uniform shares out their sum.
+        """
         return budget.uniform(self.model.experts, self.ratio)
 
     def identity(self) -> dict[str, Any]:
@@ -103,11 +119,24 @@ class Cell:
             identity["keep"] = sorted(self.keep.items())
         if self.calibrates:
             identity["calibration"] = {**self.calibration.identity(), **self.observed_how()}
-        if self.method.needs & set(WEIGHTS):
+        if self.needs & set(WEIGHTS):
             identity["weights"] = STATS_SCHEMA
-        if self.method.needs & set(MEASURES):
+        if "reconstruction" in self.needs:
             identity["measured"] = self._measured_how()
+        if not isinstance(self.allocation, Uniform):
+            identity["allocation"] = method_identity(self.allocation)
+        if "search" in self.needs:
+            identity["searched"] = SEARCH_SCHEMA
+        if self.needs & set(BARRIERS):
+            identity["barriers"] = BARRIER_SCHEMA
         return identity
+
+    def remake_identity(self) -> dict[str, Any]:
+        """What determines the weights besides model and plan; nothing where the plan's own are served."""
+        if self.recovery is None:
+            return {}
+        asked = {"cell": self.identity(), "ratio": self.ratio, "seed": self.seed}
+        return {"recovery": {**remake.identity(self.recovery), **asked}}
 
     def observed_how(self) -> dict[str, Any]:
         """What determines the sums besides model and tokens."""
@@ -126,8 +155,10 @@ class Cell:
 
     @property
     def measures_errors(self) -> bool:
-        """Whether the plan's reconstruction error is measured: it changes experts, and tokens are held out."""
-        return bool(self.compresses and self.calibration.held_out)
+        """Whether the plan's reconstruction error is measured: it changes experts, whose weights stay what the plan
+        makes them, and tokens are held out.
+        """
+        return bool(self.compresses and self.calibration.held_out and self.recovery is None)
 
     @property
     def errors_name(self) -> str:
@@ -146,7 +177,7 @@ class Cell:
     def record_name(self, task: Task) -> str:
         """File name of the record of this cell on one task: readable, and unique by what determines it."""
         fields = {"task": dict(task.identity()), "serve": dict(self.serve.identity()), "schema": SCORE_SCHEMA}
-        digest = key(cell=self.identity(), **fields)
+        digest = key(cell=self.identity(), **self.remake_identity(), **fields)
         return f"{self.slug}-{task.name}-{digest}.json"
 
     @property
@@ -182,20 +213,35 @@ class Cell:
                 f"{self.label} makes a model of its own, and {self.serve.url} serves another. Use serve=vllm, "
                 "or serve the compressed checkpoint yourself and score it there with method=none."
             )
-        if self.compresses and self.method.needs & set(MEASURES) and not self.calibration.held_out:
+        self._check_allocation()
+        if self.recovery is not None:
+            self.recovery.check(self.model, self.method)
+        if self.compresses and "reconstruction" in self.needs and not self.calibration.held_out:
             raise UserError(f"{self.label} needs held-out tokens. Set calibration.held_out to some sequences.")
         if self.compresses:
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
-        known = (*ROUTED, *EXTRAS, *WEIGHTS, *MEASURES)
-        unknown = (self.method.needs - set(known)) | (self.collect - {*ROUTED, *EXTRAS})
+        known = (*ROUTED, *EXTRAS, *WEIGHTS, *BARRIERS, *MEASURES)
+        unknown = (self.needs - set(known)) | (self.collect - {*ROUTED, *EXTRAS})
         if unknown:
             raise UserError(
                 f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. There are {', '.join(known)}."
             )
 
+    def _check_allocation(self) -> None:
+        """Raise UserError for counts that two would decide, or that are asked for before a layer has been reached."""
+        if isinstance(self.allocation, Uniform):
+            return
+        if getattr(self.method, "counts", "layer") == "total":
+            raise UserError(f"{self.label}: this method shares out the experts itself. Choose allocation=uniform.")
+        if self.in_sequence or "reconstruction" in self.method.needs:
+            raise UserError(
+                f"{self.label}: an allocation asks for the plan of a layer at every count, which this method cannot "
+                "give before it runs. Choose allocation=uniform, or a method that reads statistics alone."
+            )
 
-def method_identity(method: Method) -> dict[str, Any]:
-    """The method's class, parameters and the source they run: an edited formula makes a new plan."""
+
+def method_identity(method: Method | Allocation) -> dict[str, Any]:
+    """The class, parameters and the source they run: an edited formula makes a new plan."""
     kind = type(method)
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     source = "".join(inspect.getsource(module) for module in _modules(inspect.getmodule(kind) or methods))
@@ -231,18 +277,23 @@ def cell_of(config: DictConfig) -> Cell:
     ratio = budget.check_ratio(fields["ratio"])
     seed = _whole_number(fields["seed"])
     built, label = _method(fields["method"], fields.get("protect"))
+    compresses = not isinstance(built, NoCompression)
+    allocation, shares = _part("allocation", fields["allocation"] if compresses else _read(UNIFORM))
+    recovery, remakes = _part("recovery", fields.get("recovery") if compresses else None)
     return Cell(
         model=shared("model", fields["model"]),
         calibration=build("calibration", fields["calibration"]),
         method=built,
-        label=label,
-        ratio=0.0 if isinstance(built, NoCompression) else ratio,
+        label=label + ("" if isinstance(allocation, Uniform) else shares) + remakes,
+        ratio=ratio if compresses else 0.0,
         seed=seed,
         tasks=tuple(shared("suite", task) for task in fields["suite"]["tasks"]),
         serve=build("serve", fields["serve"]),
         routing=_routing(fields["routing"]),
         collect=frozenset(fields["collect"]),
         keep_checkpoints=_yes_or_no("keep_checkpoints", fields["keep_checkpoints"]),
+        allocation=allocation,
+        recovery=recovery,
     )
 
 
@@ -258,6 +309,21 @@ def _method(fields: Mapping[str, Any], protect: Mapping[str, Any] | None) -> tup
         return built, label
     switched = build("protect", {**protect, "method": method})
     return switched, f"{label} + super experts{_changes(protect, _usual('protect', protect))}"
+
+
+def _part(group: str, fields: Mapping[str, Any] | None) -> tuple[Any, str]:
+    """An object of a group that goes with a method, and what it adds to the label; nothing where it is left out."""
+    if not fields:
+        return None, ""
+    usual = next((file for file in _files(group) if file.get("label") == fields.get("label")), {})
+    named = {name: value for name, value in fields.items() if name != "label"}
+    label = fields.get("label") or str(named.get("_target_", "?")).split(".")[-1]
+    return build(group, named), f" + {label}{_changes(named, usual)}"
+
+
+@functools.cache
+def _files(group: str) -> list[Mapping[str, Any]]:
+    return [_read(file) for file in sorted((CONF / group).glob("*.yaml"))]
 
 
 def _changes(given: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from harness import plan as plans
 from harness import stats
-from harness.decide import decide, decide_in_sequence
+from harness.decide import allocate, decide, decide_in_sequence
 from harness.errors import UserError
+from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
-from harness.spec import ERRORS_SCHEMA, STATS_SCHEMA, Cell, method_identity
+from harness.spec import BARRIER_SCHEMA, ERRORS_SCHEMA, STATS_SCHEMA, Cell, method_identity
 from harness.stats import LayerStats, Stats
 from harness.store import Store, key, say
 from methods import SequentialMethod
+from methods.allocations import Budget
 
 if TYPE_CHECKING:
+    from harness.model_search import ModelSearch
     from harness.probe import Expected
     from harness.reconstruct import Reconstruction
 
@@ -53,8 +58,11 @@ def observed(cell: Cell, ids: np.ndarray) -> dict[str, Any]:
 def statistics(cell: Cell, store: Store) -> Stats:
     """Every sum the method needs, of the calibration text and of the weights; at the least the layers' sizes."""
     found = Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})
-    if cell.method.needs & set(stats.WEIGHTS):
+    if cell.needs & set(stats.WEIGHTS):
         found = found.joined(_weight_sums(cell, store))
+    for mode in stats.BARRIER_MODES:
+        if cell.needs & {f"{name}.{mode}" for name in stats.BARRIER_SUMS}:
+            found = found.joined(_barrier_sums(cell, mode, store))
     if cell.in_sequence:  # gathers its own, layer by layer, when it plans
         number = cell.calibration.sequences * cell.calibration.length
         return replace(found, provenance={"number_of_tokens": number})
@@ -66,6 +74,25 @@ def _weight_sums(cell: Cell, store: Store) -> Stats:
 
     name = key(model=cell.model.digest, schema=STATS_SCHEMA) + ".safetensors"
     return stats.load(store.once("weights", name, lambda path: stats.save(weight_sums(cell.model), path)))
+
+
+def _barrier_sums(cell: Cell, mode: str, store: Store) -> Stats:
+    """On the first of the calibration tokens: merging in pairs costs a model's evaluation for each pair."""
+    from harness.barriers import TOKENS, barriers
+    from harness.calibrate import packed_batches
+
+    ids = tokens(cell, store)
+    ids = ids[: max(1, TOKENS // ids.shape[1])]
+    name = key(**{**observed(cell, ids), "schema": BARRIER_SCHEMA, "mode": mode}) + ".safetensors"
+
+    def make(path: Path) -> None:
+        start = time.perf_counter()
+        model = cell.model.load(cell.calibration.dtype)
+        made = barriers(model, packed_batches(ids, cell.calibration.batch_size), mode)
+        stats.save(made, path)
+        say("barriers", name, f"{time.perf_counter() - start:.1f} s, {ids.size} tokens, {mode}")
+
+    return replace(stats.load(store.once("barriers", name, make)), provenance={})
 
 
 def _calibration_sums(cell: Cell, store: Store) -> Stats:
@@ -92,7 +119,7 @@ def _gather(cell: Cell, ids: np.ndarray, known: frozenset[str], fields: dict[str
     try:
         return _calibrate(cell, ids, cell.extras | known, fields)
     except UserError:
-        own = cell.method.needs & set(stats.EXTRAS)
+        own = cell.needs & set(stats.EXTRAS)
         if own == cell.extras:
             raise
         return _calibrate(cell, ids, own | known, fields)
@@ -131,7 +158,8 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
 
     def make(path: Path) -> None:
         start = time.perf_counter()
-        layers = _decide(cell, given, store)
+        searches: dict[int, ModelSearch] = {}
+        layers = _decide(cell, given, searches, store)
         about = {
             "model": cell.model.name,
             "method": method_identity(cell.method),
@@ -140,6 +168,7 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
             "seed": cell.seed,
             "statistics": dict(given.provenance),
             "seconds": time.perf_counter() - start,
+            **({"search": search.record()} if (search := next(iter(searches.values()), None)) else {}),
         }
         path.write_text(plans.to_json(Plan(layers, about)))
 
@@ -150,8 +179,13 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
     return made
 
 
-def _decide(cell: Cell, given: Stats, store: Store) -> dict[int, LayerPlan]:
-    """The method's answer. Most read statistics alone; some need the model, which is loaded for them."""
+def _decide(cell: Cell, given: Stats, searches: dict[int, ModelSearch], store: Store) -> dict[int, LayerPlan]:
+    """The method's answer. Most read statistics alone; some need the model, which is loaded for them.
+
+    searches: those that were begun, by how many sequences they search on.
+    """
+    if cell.recovery is not None and cell.recovery.ignores_plan:
+        return {layer: LayerPlan.identity(count) for layer, count in cell.model.experts.items()}
     if isinstance(cell.method, SequentialMethod):
         from harness.calibrate import packed_batches
 
@@ -160,9 +194,37 @@ def _decide(cell: Cell, given: Stats, store: Store) -> dict[int, LayerPlan]:
         model = cell.model.load(cell.calibration.dtype)
         own = cell.method.needs & set(stats.EXTRAS)
         return decide_in_sequence(cell.method, model, batches, own, cell.routing, cell.keep)
-    if cell.method.needs & set(stats.MEASURES):
+    if "reconstruction" in cell.needs:
         given = replace(given, error=_reconstruction(cell, store).error)
-    return decide(cell.method, given, cell.keep)
+    if "search" in cell.needs:
+        given = replace(given, search=lambda sequences: _search(cell, sequences, searches, store))
+    budget = Budget(cell.model.experts, cell.keep, cell.model.top_k)
+    return decide(cell.method, given, allocate(cell.allocation, cell.method, given, budget))
+
+
+def _search(cell: Cell, sequences: int, searches: dict[int, ModelSearch], store: Store) -> ModelSearch:
+    """The model on the first sequences of the calibration text; what an interrupted search left is found again."""
+    from harness.model_search import ModelSearch
+
+    ids = tokens(cell, store)
+    if not 1 <= sequences <= len(ids):
+        raise UserError(
+            f"{cell.label} searches on {sequences} sequences, and calibration {cell.calibration.name!r} has {len(ids)}."
+        )
+    if sequences not in searches:
+        name = plan_file(cell, store).name
+        searches[sequences] = ModelSearch(
+            cell.model.load(cell.calibration.dtype),
+            ids[:sequences],
+            cell.model.top_k,
+            lambda: store.read_json("searches", name),
+            lambda state: _keep_state(state, name, store),
+        )
+    return searches[sequences]
+
+
+def _keep_state(state: dict[str, Any], name: str, store: Store) -> None:
+    store.write_json("searches", name, state)
 
 
 def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
@@ -174,6 +236,43 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
     return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
 
 
+class Remade(NamedTuple):
+    """A checkpoint with weights that no plan alone makes, and how they were made."""
+
+    folder: Path
+    report: Mapping[str, Any]
+
+
+REPORT = "remake.json"  # beside the weights
+
+
+def remade(cell: Cell, given: Stats, made: Plan, store: Store) -> Remade | None:
+    """The checkpoint that the cell's recovery makes of the plan; None where the plan itself is served."""
+    if cell.recovery is None:
+        return None
+    folder = remade_folder(cell, made, store)
+    cached = folder.exists()
+
+    def make(path: Path) -> None:
+        from harness.remake import Remaking
+
+        assert cell.recovery is not None
+        path.mkdir()
+        start = time.perf_counter()
+        asked = Remaking(cell.model, made, given, cell.ratio, cell.label, cell.seed, store)
+        report = cell.recovery.remake(asked, path)
+        (path / REPORT).write_text(json.dumps({**report, "seconds": time.perf_counter() - start}, allow_nan=False))
+
+    store.once("remade", folder.name, make)
+    report = json.loads((folder / REPORT).read_text())
+    say("recover", cell.slug, "cached" if cached else f"{report['seconds']:.1f} s, {report.get('tokens', 0)} tokens")
+    return Remade(folder, report)
+
+
+def remade_folder(cell: Cell, made: Plan, store: Store) -> Path:
+    return store.path("remade", key(model=cell.model.digest, plan=made.digest, **cell.remake_identity()))
+
+
 _without_reference: set[str] = set()  # tried in this process: loading the model again would fail again
 
 
@@ -182,7 +281,8 @@ def reference(cell: Cell, made: Plan, store: Store) -> Expected | None:
     from harness.probe import PROBE, Expected, probe_tokens
 
     versions = {"transformers": importlib.metadata.version("transformers"), "schema": ERRORS_SCHEMA}
-    name = key(model=cell.model.digest, plan=made.digest, text=PROBE, noise=True, **versions) + ".json"
+    what = {"model": cell.model.digest, "plan": made.digest, **cell.remake_identity()}
+    name = key(**what, text=PROBE, noise=True, **versions) + ".json"
     known = store.read_json("references", name)
     if known is not None:
         return Expected(tuple(known["log_probs"]), known["noise"])
@@ -191,7 +291,10 @@ def reference(cell: Cell, made: Plan, store: Store) -> Expected | None:
     try:
         from harness.reference import expected
 
-        found = expected(cell.model.load("auto"), made, probe_tokens(str(cell.model.folder)))
+        model, plan = cell.model, made
+        if cell.recovery is not None:
+            model, plan = Model("remade", str(remade_folder(cell, made, store))), Plan({})
+        found = expected(model.load("auto"), plan, probe_tokens(str(model.folder)))
     except Exception as problem:  # too little memory, or a model that transformers does not know
         _without_reference.add(name)
         words = f"{type(problem).__name__}: {problem}. It is served without comparison."

@@ -102,7 +102,8 @@ def _check_rows(cells: Sequence[Cell]) -> None:
 def _settings(cell: Cell, task: Task) -> tuple:
     """What was asked for, as far as it can change a score. Reads no file: neither model nor text need be here yet."""
     text = replace(cell.calibration, batch_size=1) if cell.calibrates else None
-    return cell.model, method_identity(cell.method), text, task, cell.serve.identity()
+    parts = (cell.allocation, cell.recovery)
+    return cell.model, method_identity(cell.method), parts, text, task, cell.serve.identity()
 
 
 def _single(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,16 @@ NOT_RUN, FAILED = "—", "✗"
 CELL = list(Row._fields)
 SPEED = ("prompt_tokens", "generated_tokens", "seconds")
 DEGENERATE = ("empty", "length_capped", "looping")
+EFFORT = {  # columns of the tidy frame: their title and format
+    "search_evaluations": ("plans measured", ".0f"),
+    "search_gradients": ("batches differentiated", ".0f"),
+    "search_tokens": ("search tokens", ",.0f"),
+    "seconds_plan": ("plan s", ".1f"),
+    "recovery_tokens": ("recovery tokens", ",.0f"),
+    "recovery_seconds": ("recovery s", ".1f"),
+    "recovery_kl_before": ("held-out KL before", ".4f"),
+    "recovery_kl_after": ("after", ".4f"),
+}
 STAGES = ("calibrate", "plan", "export", "serve", "score")
 
 
@@ -150,6 +160,22 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def effort(tidy: pd.DataFrame) -> pd.DataFrame:
+    """What each row's search and recovery took besides calibration; of seeds, their mean. Nothing if there are none."""
+    known = [column for column in EFFORT if column in tidy and tidy[column].notna().any()]
+    if known in ([], ["seconds_plan"]):
+        return pd.DataFrame()
+    rows = {
+        name: {EFFORT[column][0]: _mean_of(group.drop_duplicates(CELL), column) for column in known}
+        for name, group in by_row(tidy, plan_names(tidy))
+    }
+    return _table(rows, plan_names(tidy))
+
+
+def _mean_of(rows: pd.DataFrame, column: str) -> str:
+    return _number(rows[column].astype(float).mean(), 1, EFFORT[column][1])
+
+
 def serving(tidy: pd.DataFrame) -> pd.DataFrame:
     """How each row was served, in what memory and how fast, and how many answers of all its tasks are degenerate (of
     one seed). Rows whose routers were only masked have neither size nor speed.
@@ -197,7 +223,13 @@ def all_of(tidy: pd.DataFrame, best: Best = ()) -> dict[str, pd.DataFrame]:
     """The tables of a sweep by what they show: a row for every cell or, of many ratios, a column for every ratio."""
     shown, wrong = scores(tidy, best), errors(tidy)
     if not is_by_ratio(tidy):
-        made = {"scores": shown, "costs": costs(tidy), "serving": serving(tidy), "errors": wrong}
+        made = {
+            "scores": shown,
+            "costs": costs(tidy),
+            "search and recovery": effort(tidy),
+            "serving": serving(tidy),
+            "errors": wrong,
+        }
         return {name: table for name, table in made.items() if len(table)}
     whole = shown[shown.index.get_level_values("ratio") == "0"]
     columns = {str(title): shown[title].drop(whole.index) for title in shown}

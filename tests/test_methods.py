@@ -15,16 +15,18 @@ from harness.decide import decide
 from harness.errors import StageError
 from harness.models import ROOT
 from harness.plan import LayerPlan, Plan, from_json, to_json
-from harness.stats import EXTRAS, MEASURES, OF_OUTPUTS, PAIRWISE, ROUTED, WEIGHTS, LayerStats, Stats
+from harness.stats import BARRIERS, EXTRAS, MEASURES, OF_OUTPUTS, PAIRWISE, ROUTED, WEIGHTS, LayerStats, Stats
 from methods import Method, ScoreMethod
 from methods.none import NoCompression
 from methods.random import Random
-from tests.toy import ToyLayer, random_stats, stats_of, toy_layer, toy_layers
+from tests.toy import ToyLayer, ToySearch, random_stats, stats_of, toy_layer, toy_layers
 
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 PROTECTED = [f"{name} protected" for name in ("frequency", "reap", "aimer")]  # with super experts kept
 LOOKING = [name for name in [*NAMES, *PROTECTED] if name not in ("none", "random")]  # the others look at no expert
 CALIBRATED = [name for name in LOOKING if "aimer" not in name]
+QUICK = {"rco": {"steps": 12}}  # its promises do not hang on how long it searches
+DRAWN = ("rco",)  # searches that draw by a seed: which experts they take is not settled by statistics alone
 KEEPS = (4, 7, 9, 12)
 
 
@@ -37,7 +39,7 @@ def make(name: str, folder: Path = ROOT / "conf" / "method", **changes: object) 
     config = OmegaConf.merge({"seed": 0}, {"method": OmegaConf.load(folder / f"{name}.yaml")})
     fields = OmegaConf.to_container(config, resolve=True)["method"]
     assert fields.pop("label"), f"{name}.yaml has no label for tables"
-    return build("method", {**fields, **changes})
+    return build("method", {**fields, **QUICK.get(name, {}), **changes})
 
 
 def keep_all(stats: Stats, keep: int) -> dict[int, int]:
@@ -66,7 +68,7 @@ def renamed(layer: LayerPlan, order: np.ndarray) -> set[tuple[frozenset, frozens
 
 def conforms(method: Method) -> None:
     """What every method promises. Called for each YAML, and for the method that the README adds."""
-    assert method.needs <= {*ROUTED, *EXTRAS, *WEIGHTS, *MEASURES}
+    assert method.needs <= {*ROUTED, *EXTRAS, *WEIGHTS, *BARRIERS, *MEASURES}
     stats = random_stats(0)
     before = {i: {k: v.copy() for k, v in layer.sums.items()} for i, layer in stats.layers.items()}
     for keep in KEEPS:
@@ -76,7 +78,8 @@ def conforms(method: Method) -> None:
         assert from_json(to_json(plan)).layers == plan.layers, "a plan survives its file"
         if not isinstance(method, NoCompression):
             assert sum(plan.distinct_experts().values()) == keep * len(stats.layers), "exactly what was asked for"
-        assert len(set(plan.written_experts().values())) == 1, "a stock checkpoint has one expert count"
+        if getattr(method, "counts", "layer") == "layer":
+            assert len(set(plan.written_experts().values())) == 1, "a stock checkpoint has one expert count"
     assert Plan(decide(method, stats, keep_all(stats, 12))).is_identity, "keeping all is the identity"
     for index, sums in before.items():
         for name, value in sums.items():
@@ -94,7 +97,7 @@ def test_has_one_name_everywhere(name: str) -> None:
     assert (ROOT / "methods" / f"{name}.py").exists()
 
 
-@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize("name", [name for name in LOOKING if name not in DRAWN])
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10_000), keep=st.integers(3, 11))
 @example(seed=194, keep=3)
@@ -125,7 +128,7 @@ def test_experts_never_routed_to_do_no_harm(name: str) -> None:
         assert not {2, 5} & set(plan.kept_rows), "they are pruned or absorbed first"
 
 
-@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize("name", [name for name in LOOKING if name not in DRAWN])
 def test_of_twin_experts_the_lower_index_is_not_worse_off(name: str) -> None:
     """Duplicates: any method gives a plan, and if just one of two twins keeps its router row it is the first."""
     layer = toy_layer(np.random.default_rng(4))
@@ -135,7 +138,10 @@ def test_of_twin_experts_the_lower_index_is_not_worse_off(name: str) -> None:
     for sum_name, value in sums.items():  # twins in every statistic, also where routing told them apart
         index = np.arange(12)
         index[[7, 10]] = 1, 3
-        sums[sum_name] = value[np.ix_(index, index)] if sum_name in PAIRWISE else value[index]
+        if sum_name.startswith("tri"):
+            sums[sum_name] = value[:0]  # in no triangle: their third corners would tell the twins apart
+        else:
+            sums[sum_name] = value[np.ix_(index, index)] if is_pairwise(sum_name) else value[index]
     stats = Stats({0: LayerStats(12, 160, sums)}, error=lambda index, plan: layer.error(plan))
     for keep in (4, 6, 8, 11):
         plan = decide(make(name), stats, {0: keep})[0]
@@ -144,11 +150,18 @@ def test_of_twin_experts_the_lower_index_is_not_worse_off(name: str) -> None:
             assert not (b in plan.kept_rows and a not in plan.kept_rows)
 
 
+def is_pairwise(sum_name: str) -> bool:
+    return sum_name in PAIRWISE or sum_name.startswith("pair_barrier")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_tokens_at_all_gives_a_plan(name: str) -> None:
     shapes = {**dict.fromkeys(PAIRWISE, (12, 12)), **dict.fromkeys(OF_OUTPUTS, (12, 20))}
-    zeros = {sum_name: np.zeros(shapes.get(sum_name, (12,))) for sum_name in (*ROUTED, *EXTRAS, *WEIGHTS)}
-    stats = Stats({0: LayerStats(12, 0, zeros)}, error=lambda index, plan: 0.0)
+    shapes |= {name: (12, 12) for name in BARRIERS if is_pairwise(name)}
+    shapes |= {name: (0, 3) if name.startswith("triangles") else (0,) for name in BARRIERS if not is_pairwise(name)}
+    zeros = {sum_name: np.zeros(shapes.get(sum_name, (12,))) for sum_name in (*ROUTED, *EXTRAS, *WEIGHTS, *BARRIERS)}
+    search = ToySearch({0: toy_layer(np.random.default_rng(7))})
+    stats = Stats({0: LayerStats(12, 0, zeros)}, error=lambda index, plan: 0.0, search=lambda sequences: search)
     layers = decide(make(name), stats, {0: 5})
     assert np.isfinite([s.weight for slot in layers[0].slots for s in slot]).all()
 
@@ -198,11 +211,11 @@ def test_more_text_of_the_same_kind_changes_no_plan() -> None:
             index: LayerStats(
                 12,
                 3 * layer.tokens,
-                {k: v if k in (*WEIGHTS, "output_max") else 3 * v for k, v in layer.sums.items()},
+                {k: v if k in (*WEIGHTS, *BARRIERS, "output_max") else 3 * v for k, v in layer.sums.items()},
             )
             for index, layer in stats.layers.items()
         }
-        more = Stats(layers, error=stats.error)
+        more = Stats(layers, error=stats.error, search=stats.search)
         plain, tripled = (decide(method, which, keep_all(stats, 7)) for which in (stats, more))
         assert {i: decisions(p) for i, p in plain.items()} == {i: decisions(p) for i, p in tripled.items()}, name
 

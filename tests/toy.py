@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from harness.plan import LayerPlan
-from harness.stats import EXTRAS, ROUTED, WEIGHTS, LayerStats, Stats
+from harness.search import Kept
+from harness.stats import BARRIER_MODES, BARRIERS, EXTRAS, ROUTED, WEIGHTS, LayerStats, Stats
 
 TOP_K = 3
 
@@ -38,6 +41,11 @@ class ToyLayer:
             exponentials = np.exp(self.logits[token, experts])
             gates[token, experts] = exponentials / exponentials.sum()
         return gates
+
+    @cached_property
+    def gated(self) -> np.ndarray:
+        """[T, E, H], g_j f_j."""
+        return self.gates[:, :, None] * self.outputs
 
     @property
     def experts(self) -> int:
@@ -75,9 +83,35 @@ class ToyLayer:
             "weight_count": np.full(self.experts, float(self.weights.shape[1])),
             "weight_abs": np.abs(self.weights).sum(1),
             "weight_sq": (self.weights**2).sum(1),
+            **self.barriers(),
         }
-        assert set(sums) == {*ROUTED, *EXTRAS, *WEIGHTS}, "plant every statistic there is"
+        assert set(sums) == {*ROUTED, *EXTRAS, *WEIGHTS, *BARRIERS}, "plant every statistic there is"
         return LayerStats(self.experts, len(self.logits), sums)
+
+    def barriers(self) -> dict[str, np.ndarray]:
+        """By how much merging two or three experts changes the output (mean square); the same for every mode."""
+        count = (self.gates > 0).sum(0).astype(float)
+        share = count[:, None] / np.maximum(count[:, None] + count, 1)  # of i in the pair i, j
+        gate = self.gates[:, None, :] * share - self.gates[:, :, None] * share.T
+        square = (self.outputs**2).sum(2)
+        apart = square[:, :, None] + square[:, None, :] - 2 * self.outputs @ self.outputs.transpose(0, 2, 1)
+        pair = (gate**2 * np.maximum(apart, 0)).mean(0)
+        edges = pair[np.triu_indices(self.experts, 1)]
+        low = pair <= np.quantile(edges, 0.3)  # few triangles are enough, and quick
+        triangles = [t for t in itertools.combinations(range(self.experts), 3) if low[np.ix_(t, t)].all()]
+        triples = np.array([self._barrier(list(triangle)) for triangle in triangles])
+        found = {
+            "pair_barrier": pair,
+            "triangles": np.array(triangles, float).reshape(-1, 3),
+            "triple_barrier": triples,
+        }
+        return {f"{name}.{mode}": value.copy() for name, value in found.items() for mode in BARRIER_MODES}
+
+    def _barrier(self, group: list[int]) -> float:
+        share = (self.gates[:, group] > 0).sum(0) / max(1, (self.gates[:, group] > 0).sum())
+        merged = np.einsum("e,teh->th", share, self.outputs[:, group])
+        change = (self.gates[:, group, None] * (merged[:, None] - self.outputs[:, group])).sum(1)
+        return float((change**2).sum() / len(self.logits))
 
     def output(self, plan: LayerPlan) -> np.ndarray:
         """The layer's output [T, H] under a plan, tokens routed anew; a merged expert says the mean of its sources."""
@@ -117,7 +151,48 @@ def stats_of(layers: dict[int, ToyLayer]) -> Stats:
     def error(index: int, plan: LayerPlan) -> float:
         return layers[index].error(plan)
 
-    return Stats({index: layer.stats() for index, layer in layers.items()}, error=error)
+    found = {index: layer.stats() for index, layer in layers.items()}
+    return Stats(found, error=error, search=lambda sequences: ToySearch(layers))
+
+
+@dataclass
+class ToySearch:
+    """`harness.search.Search` of toy layers side by side: what a plan loses is the sum of the layers' errors."""
+
+    layers: Mapping[int, ToyLayer]
+    top_k: int = 1
+    batches: int = 1
+
+    @property
+    def experts(self) -> dict[int, int]:
+        return {index: layer.experts for index, layer in self.layers.items()}
+
+    def divergence(self, kept: Kept) -> float:
+        plans = {index: LayerPlan.prune(kept[index], layer.experts) for index, layer in self.layers.items()}
+        return sum(layer.error(plans[index]) for index, layer in self.layers.items())
+
+    def acceptance(self, kept: Kept) -> float:
+        return float(np.exp(-self.divergence(kept)))
+
+    def gradient(self, survival: Mapping[int, np.ndarray], batch: int) -> tuple[float, dict[int, np.ndarray]]:
+        """Of || sum_i (1 - s_i) g_i f_i ||^2 / || Y ||^2, routing frozen."""
+        loss, found = 0.0, {}
+        for index, layer in self.layers.items():
+            gated = layer.gated
+            missing = np.einsum("e,teh->th", 1 - survival[index], gated)
+            size = (gated.sum(1) ** 2).sum()
+            loss += float((missing**2).sum() / size)
+            found[index] = -2 * np.einsum("teh,th->e", gated, missing) / size
+        return loss, found
+
+    def recall(self) -> dict[str, object] | None:
+        return None
+
+    def remember(self, state: Mapping[str, object]) -> None:
+        """Nobody resumes a toy."""
+
+    def note(self, **facts: object) -> None:
+        """Nor reads of it."""
 
 
 def toy_layers(seed: int, experts: int = 12, layers: int = 3) -> dict[int, ToyLayer]:
