@@ -17,12 +17,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from harness import checkpoint, serve, throughput, vllm_limits
+from harness import checkpoint, serve, slicing, throughput, vllm_limits
 from harness import plan as plans
 from harness.blocks import compress
 from harness.build import build
 from harness.errors import StageError, UserError
-from harness.models import Model
+from harness.models import Model, expert_widths
+from harness.nested import Budget
 from harness.plan import LayerPlan, Plan, Source
 from harness.probe import Expected, probe_tokens
 from harness.reference import expected as expected_of
@@ -144,6 +145,30 @@ def test_exported_checkpoints_are_the_same_model(family: Family) -> None:
     with engine("checkpoint").serve(Weights(out), "tiny", family.folder / "log") as served:
         assert difference(served, family.expected(name)) < CLOSE
         assert served.how == "checkpoint"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_an_engine_turns_to_a_checkpoint_made_from_its_own_and_back(name: str, tmp_path: Path) -> None:
+    """With fewer experts, narrower ones or both; the plan before it comes back to the last digit."""
+    model = Model(name, str(write_checkpoint(tmp_path / "model", family=name)))
+    family = Family(name, model, some_plans(model.experts), tmp_path)
+    width = next(iter(expert_widths(model.config).values()))
+    with engine("swap").serve(family.weights("pruned"), "tiny", tmp_path / "log") as served:
+        first, url = log_probs(served.llm), served.llm.url
+    for place, budget in enumerate(
+        [Budget("both", 5, width // 2), Budget("narrow", None, width // 2), Budget("few", 3)]
+    ):
+        folder = tmp_path / f"made{place}"
+        folder.mkdir()
+        slicing.cut(model, budget, folder)
+        assert checkpoint.differs_in_experts_only(folder, model)
+        whole = Family(name, Model("made", str(folder)), {"as it is": Plan({})}, tmp_path)
+        with engine("swap").serve(Weights(folder, base=model.folder), "tiny", tmp_path / "log") as served:
+            assert (served.how, served.llm.url) == ("swap", url)
+            assert difference(served, whole.expected("as it is")) < CLOSE, budget
+    with engine("swap").serve(family.weights("pruned"), "tiny", tmp_path / "log") as served:
+        assert served.llm.url == url and torch.equal(log_probs(served.llm), first)
+    serve.release()
 
 
 def test_transformers_serves_the_same_numbers_by_the_same_contract(tmp_path: Path) -> None:
