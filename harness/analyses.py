@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.spatial.distance import cdist
 
@@ -17,7 +17,6 @@ from harness.plan import LayerPlan, Plan
 from harness.spec import Row
 
 LARGEST_ASSIGNMENT = 1024  # beyond, the linear program is the faster one
-CONFIDENCE = 0.95
 NGRAMS = (2, 3, 4)  # as in the paper
 
 
@@ -166,18 +165,6 @@ def ngram_diversity(text: str, n: int) -> float | None:
     words = text.split()
     grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
-
-
-def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over sequences at each position of values [sequences, P], and the ends of its 95 % interval by Student's t,
-    float64 [P] each. The interval of a single sequence is infinitely wide.
-    """
-    values = np.asarray(values, float)
-    many, mean = len(values), values.mean(0)
-    if many < 2:
-        return mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, many - 1) * values.std(0, ddof=1) / math.sqrt(many)
-    return mean, mean - reach, mean + reach
 
 
 def windows(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,9 +28,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from harness.analyses import NGRAMS, Analysis, Texts, cluster_sizes, mean_interval, pca, singleton_share, windows
+from harness.analyses import NGRAMS, Analysis, Texts, cluster_sizes, pca, singleton_share, windows
 from harness.figures import Figure
 from harness.plan import Plan
+from harness.plot import named
+from harness.significance import interval
 from harness.spec import CALIBRATED, Row
 from harness.store import say
 from harness.sweep import Sweep
@@ -81,8 +84,8 @@ class Panel:
 def names(rows: Sequence[Row]) -> dict[Row, str]:
     """What a line is called: its method, and how it was calibrated where there are several ways to tell apart."""
     several = [column for column in CALIBRATED if len({getattr(row, column) for row in rows} - {"none"}) > 1]
-    words = dict(zip(CALIBRATED, ("on", "routing"), strict=True))
-    return {row: " ".join([row.label, *(f"{words[c]} {getattr(row, c)}" for c in several)]) for row in rows}
+    labels = named(pd.DataFrame(rows, columns=list(Row._fields)), several)["label"]
+    return dict(zip(rows, labels, strict=True))
 
 
 def lines(
@@ -306,7 +309,8 @@ def divergence(analyses: Sequence[Analysis], suffix: str, path: Path) -> None:
             for line in panel.lines:
                 known = [seed.divergence for seed in line.seeds if seed.divergence is not None]
                 middles, values = windows(np.concatenate(known), WINDOWS)
-                mean, low, high = mean_interval(values)
+                low, high = interval(values)
+                mean = values.mean(0)
                 axes.plot(middles, mean, color=line.colour, linestyle=line.dashes, linewidth=1.2, label=line.name)
                 if len(values) > 1:
                     axes.fill_between(

@@ -105,10 +105,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over seeds, by Student's t. Of one value: infinitely wide."""
+def interval(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the 95 % interval of the mean over the first axis, by Student's t. Of one value: infinitely wide."""
     array = np.asarray(values, float)
+    mean = array.mean(0)
     if len(array) < 2:
-        return -math.inf, math.inf
-    reach = float(stats.t.ppf(1 - LEVEL / 2, len(array) - 1)) * math.sqrt(_variance(array))
-    return float(array.mean() - reach), float(array.mean() + reach)
+        return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
+    reach = stats.t.ppf(1 - LEVEL / 2, len(array) - 1) * np.sqrt(array.var(0, ddof=1) / len(array))
+    return mean - reach, mean + reach
