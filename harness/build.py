@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 from harness.errors import UserError
 from harness.models import ROOT
@@ -67,6 +68,26 @@ def _fits(value: object, annotation: str) -> bool:
 def _is_a(value: object, name: str, kind: Any) -> bool:
     """Whether a value is of a plain type, or, for a type of our own, of a class of that name."""
     return isinstance(value, kind) if kind else any(base.__name__ == name for base in type(value).__mro__)
+
+
+def option(group: str, name: str) -> dict[str, Any]:
+    """What conf/<group>/<name>.yaml says, its defaults list followed and nothing interpolated; empty if there is none.
+
+    Of Hydra's defaults lists it knows what options use: another option of the group, and ``/group@key: option``.
+    """
+    file = CONF / group / f"{name}.yaml"
+    fields: dict[str, Any] = dict(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for entry in fields.pop("defaults", ["_self_"]):
+        if entry == "_self_":
+            continue
+        if isinstance(entry, str):
+            found |= option(group, entry)
+        else:
+            ((place, chosen),) = entry.items()
+            source, _, key = place.lstrip("/").partition("@")
+            found[key] = option(source, chosen)
+    return dict(OmegaConf.to_container(OmegaConf.merge(found, fields)))  # type: ignore[arg-type]
 
 
 def one_message(error: Exception) -> str:

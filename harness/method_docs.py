@@ -1,4 +1,4 @@
-"""Write docs/methods.md: every method of conf/method/, as its docstring says it.
+"""Write docs/methods.md: every method, allocation and recovery of conf/, as its docstring says it.
 
 python -m harness.method_docs          (a test compares the file with what this makes)
 """
@@ -9,11 +9,12 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from harness.build import CONF, build
+from harness.build import CONF, build, option
 from harness.models import ROOT
-from harness.stats import EXTRAS, MEASURES, OF_OUTPUTS, PAIRWISE, ROUTED, WEIGHTS
+from harness.stats import BARRIERS, EXTRAS, MEASURES, OF_OUTPUTS, PAIRWISE, ROUTED, WEIGHTS
 from methods import Method, ScoreMethod, SequentialMethod
 
 FILE = ROOT / "docs" / "methods.md"
@@ -28,7 +29,9 @@ with the experts and gates that REAP's published code takes instead of the model
 
 **Reads**: *routed* sums cost nothing beyond a forward pass; *pairs* are E x E matrices of what the pass sees; *all
 experts* runs every expert on every token, E / top-k times the experts' share of a forward pass; *weights* reads no
-text; *held-out error* is the reconstruction error of a plan, measured on tokens that are in no sum. **Nested**: the
+text; *barriers* measure, on the first 2,048 tokens, what merging two or three experts would change; *held-out error* is
+the reconstruction error of a plan, measured on tokens that are in no sum; *search* measures whole plans on the model,
+masked in place. **Nested**: the
 experts kept at a higher ratio are among those kept at a lower one (merging: clusters are unions of the lower ratio's).
 **Model at planning**: most plans follow from the statistics alone, in seconds on a CPU; these need the model once more.
 
@@ -59,7 +62,9 @@ def reads(needs: frozenset[str]) -> str:
         "routed": set(EXTRAS) - set(PAIRWISE) - set(OF_OUTPUTS) | set(ROUTED),
         "pairs": set(PAIRWISE),
         "all experts": set(OF_OUTPUTS),
-        "held-out error": set(MEASURES),
+        "barriers": set(BARRIERS),
+        "held-out error": {"reconstruction"},
+        "search": {"search"},
     }
     return ", ".join(kind for kind, members in kinds.items() if needs & members) or "nothing"
 
@@ -67,7 +72,7 @@ def reads(needs: frozenset[str]) -> str:
 def page() -> str:
     made = {name: method(CONF / "method" / f"{name}.yaml") for name in names()}
     sections = (line for name, here in made.items() for line in section(name, here))
-    return "\n".join([HEAD, *overview(made), *sections, *protection()])
+    return "\n".join([HEAD, *overview(made), *sections, *protection(), *others("allocation"), *others("recovery")])
 
 
 def overview(made: dict[str, Method]) -> Iterator[str]:
@@ -94,6 +99,23 @@ def protection() -> Iterator[str]:
 
     yield "## `protect=super_experts`"
     yield f"\n{inspect.cleandoc(ProtectSuperExperts.__doc__ or '')}\n"
+
+
+INTRODUCTION = {
+    "allocation": "How many experts each layer keeps, given how many the model keeps. With every method that prunes.",
+    "recovery": "What makes new weights of the plan's model: training, more zeros, or slices of a sorted model.",
+}
+
+
+def others(group: str) -> Iterator[str]:
+    """Each class of a group once, under all its files."""
+    files: dict[str, list[str]] = {}
+    for path in sorted((CONF / group).glob("*.yaml")):
+        files.setdefault(option(group, path.stem)["_target_"], []).append(path.stem)
+    yield f"# {group.capitalize()}\n\n{INTRODUCTION[group]}\n"
+    for name, stems in files.items():
+        yield "## " + ", ".join(f"`{group}={stem}`" for stem in stems)
+        yield f"\n{inspect.cleandoc(get_class(name).__doc__ or '')}\n"
 
 
 def main() -> None:

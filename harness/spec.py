@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import methods
 from harness import budget, checkpoint, remake
-from harness.build import CONF, build, one_message, shared
+from harness.build import CONF, build, one_message, option, shared
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.hf import Transformers
@@ -35,8 +34,6 @@ from methods.allocations import Allocation
 from methods.allocations.uniform import Uniform
 from methods.none import NoCompression
 from tasks import Task
-
-UNIFORM = CONF / "allocation" / "uniform.yaml"
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
 STATS_SCHEMA = 4  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
@@ -278,7 +275,7 @@ def cell_of(config: DictConfig) -> Cell:
     seed = _whole_number(fields["seed"])
     built, label = _method(fields["method"], fields.get("protect"))
     compresses = not isinstance(built, NoCompression)
-    allocation, shares = _part("allocation", fields["allocation"] if compresses else _read(UNIFORM))
+    allocation, shares = _part("allocation", fields["allocation"] if compresses else _option("allocation", "uniform"))
     recovery, remakes = _part("recovery", fields.get("recovery") if compresses else None)
     return Cell(
         model=shared("model", fields["model"]),
@@ -315,15 +312,15 @@ def _part(group: str, fields: Mapping[str, Any] | None) -> tuple[Any, str]:
     """An object of a group that goes with a method, and what it adds to the label; nothing where it is left out."""
     if not fields:
         return None, ""
-    usual = next((file for file in _files(group) if file.get("label") == fields.get("label")), {})
+    usual = next((usual for usual in _options(group) if usual.get("label") == fields.get("label")), {})
     named = {name: value for name, value in fields.items() if name != "label"}
     label = fields.get("label") or str(named.get("_target_", "?")).split(".")[-1]
     return build(group, named), f" + {label}{_changes(named, usual)}"
 
 
 @functools.cache
-def _files(group: str) -> list[Mapping[str, Any]]:
-    return [_read(file) for file in sorted((CONF / group).glob("*.yaml"))]
+def _options(group: str) -> list[Mapping[str, Any]]:
+    return [_option(group, file.stem) for file in sorted((CONF / group).glob("*.yaml"))]
 
 
 def _changes(given: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
@@ -349,12 +346,12 @@ def _differences(given: Mapping[str, Any], usual: Mapping[str, Any], within: str
 def _usual(group: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """What conf/<group>/ has for the class that ``_target_`` names: methods.reap.REAP is in reap.yaml."""
     module = str(fields.get("_target_", "")).rpartition(".")[0]
-    return _read(CONF / group / f"{module.rpartition('.')[2]}.yaml")
+    return _option(group, module.rpartition(".")[2])
 
 
 @functools.cache
-def _read(file: Path) -> Mapping[str, Any]:
-    return dict(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}  # type: ignore[arg-type]
+def _option(group: str, name: str) -> Mapping[str, Any]:
+    return option(group, name)
 
 
 def _routing(value: object) -> str:

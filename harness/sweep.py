@@ -64,7 +64,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
             parsed = OverridesParser.create().parse_overrides([*params, *arguments])
             grid = itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None))
             configs = [compose("config", overrides=list(job)) for job in grid]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
         raise UserError(one_message(error)) from error
     choices = first.hydra.runtime.choices
     name = choices.get("experiment") or choices.get("sweep") or "run"
