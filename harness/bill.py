@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-import torch
 
 from harness import budget
 from harness.absent import absent_data
@@ -139,6 +138,8 @@ def _unserved(serve: VLLM | Transformers, nbytes: int) -> str | None:
 @functools.cache
 def _memory() -> float:
     """Bytes of this machine's GPUs, or of its memory where it has none."""
+    import torch
+
     if torch.cuda.is_available():
         return float(sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
     return float(psutil.virtual_memory().total)

@@ -15,14 +15,14 @@ from harness.errors import UserError
 from harness.sweep import Sweep, expand
 
 
-def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
-    """The sweep these arguments ask for, every cell of it checked, and the arguments Hydra needs to run it.
+def checked(arguments: Sequence[str]) -> Sweep:
+    """The sweep these arguments ask for, every cell of it checked.
 
     A dry run is not checked: what cannot work is a line of its bill.
     """
     sweep = expand(arguments)
     if sweep.dry_run:
-        return sweep, list(arguments)
+        return sweep
     sweep.check()
     waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
@@ -31,8 +31,7 @@ def checked(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     for name, cell in unread.items():
         if not sweep.store.path("tokens", name).exists():
             cell.calibration.tokens(cell.model)  # refuses too little text
-    multirun = ["-m"] if sweep.is_grid and not {"-m", "--multirun"} & set(arguments) else []
-    return sweep, [*multirun, *arguments, f"collect=[{','.join(sweep.extras)}]"]
+    return sweep
 
 
 def refuse_politely(command: Callable[[], int]) -> Callable[[], int]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from harness.engine import await_health, free_port
 from harness.errors import StageError, UserError
@@ -71,6 +70,8 @@ class Transformers:
 
     def identity(self) -> dict[str, Any]:
         """What determines numbers."""
+        import torch
+
         return {
             "engine": "transformers",
             "version": importlib.metadata.version("transformers"),

@@ -78,7 +78,9 @@ def identity(remake: Remake) -> dict[str, Any]:
 def _identity(option: Any) -> Any:
     if isinstance(option, Calibration):
         return {**option.identity(), "held_out": option.held_out}
-    return dataclasses.asdict(option) if dataclasses.is_dataclass(option) else option  # type: ignore[call-overload]
+    if dataclasses.is_dataclass(option) and not isinstance(option, type):
+        return dataclasses.asdict(option)
+    return option
 
 
 def text_tokens(text: Calibration, model: Model, store: Store) -> tuple[np.ndarray, np.ndarray]:

@@ -10,18 +10,13 @@ python -m harness.run method=reap,ean ratio=0.25,0.5 seed=0,1,2
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 import sys
-from dataclasses import replace
-from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
 
 from harness import bill, report, scoring, stages
 from harness.commandline import checked, refuse_politely
 from harness.plan import Plan
-from harness.spec import Cell, cell_of
+from harness.spec import Cell
 from harness.stats import Stats
 from harness.store import Store, say
 from harness.sweep import Sweep
@@ -55,34 +50,36 @@ def run(cell: Cell, store: Store) -> None:
         scoring.record(cell, given, made, task, errors.get(task.name), store)
 
 
-def prepare_all(sweep: Sweep) -> None:
-    """Plan every cell before the first engine takes the memory. What fails here fails again in its cell, for good."""
-    for cell in sweep.cells:
+def run_all(sweep: Sweep) -> None:
+    """Plan every cell before the first engine takes the memory, then take each to its records. What fails to be planned
+    fails again in its cell, for good.
+    """
+    cells = sweep.together()
+    for cell in cells:
         if not scoring.all_done(cell, sweep.store):
             with contextlib.suppress(Exception):
-                prepare(replace(cell, collect=frozenset(sweep.extras)), sweep.store)
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def run_config(config: DictConfig) -> None:
-    cell = cell_of(config)
-    if cell.tasks:  # a domain whose benchmarks are not offered has none
-        run(cell, Store(Path(config.store)))
+                prepare(cell, sweep.store)
+    for cell in cells:
+        run(cell, sweep.store)
 
 
 @refuse_politely
 def main() -> int:
     """Check every cell that is asked for, run them, print their table."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would fill a log file
     asked = sys.argv[1:]
-    sweep, arguments = checked(asked)
+    sweep = checked(asked)
     if sweep.dry_run:
         return bill.show(sweep)
-    sys.argv[1:] = arguments
-    prepare_all(sweep)
-    run_config()
+    keep_chatter(sweep.store)
+    run_all(sweep)
     return report.show(sweep, asked)
+
+
+def keep_chatter(store: Store) -> None:
+    """What libraries log goes to a file: our own progress lines say more."""
+    file = store.path("logs", "run.log")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=file, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
 
 if __name__ == "__main__":

@@ -215,13 +215,10 @@ def _size(cell: Cell, made: Plan, store: Store) -> checkpoint.Size:
     return replace(size, parameters=sum(t.elements for t in found), bytes=nbytes, distinct_bytes=nbytes)
 
 
-def _remade(cell: Cell, given: Stats, made: Plan, store: Store) -> dict[str, Any]:
+def _remade(cell: Cell, made: Plan, store: Store) -> dict[str, Any]:
     """What it took to make the weights anew, if they were and it succeeded."""
-    if cell.recovery is None or not stages.remade_folder(cell, made, store).exists():
-        return {}
-    found = stages.remade(cell, given, made, store)
-    assert found is not None
-    return {"recovery": dict(found.report)}
+    folder = stages.remade_folder(cell, made, store)
+    return {"recovery": stages.remake_report(folder)} if cell.recovery and folder.exists() else {}
 
 
 def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error: str | None, store: Store) -> None:
@@ -245,7 +242,7 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
             "plan": made.provenance["seconds"],
         }
         document["search"] = made.provenance.get("search", {})
-        document |= _remade(cell, given, made, store)
+        document |= _remade(cell, made, store)
         if not error:
             name = score_name(cell, made, task)
             found = store.read_json("scores", name)

@@ -254,7 +254,7 @@ class VLLM:
         return self._turn(engine, weights)
 
     def _turn(self, engine: Engine, weights: Weights) -> Served:
-        """Make a running engine serve the weights, and probe it. Raises StageError; it is ended then: it is not sound."""
+        """Make a running engine serve the weights, and probe it. Raises StageError; then it is ended, as not sound."""
         size = None
         try:
             if weights.plan is None:

@@ -6,10 +6,9 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -236,17 +235,10 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
     return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
 
 
-class Remade(NamedTuple):
-    """A checkpoint with weights that no plan alone makes, and how they were made."""
-
-    folder: Path
-    report: Mapping[str, Any]
-
-
 REPORT = "remake.json"  # beside the weights
 
 
-def remade(cell: Cell, given: Stats, made: Plan, store: Store) -> Remade | None:
+def remade(cell: Cell, given: Stats, made: Plan, store: Store) -> Path | None:
     """The checkpoint that the cell's recovery makes of the plan; None where the plan itself is served."""
     if cell.recovery is None:
         return None
@@ -264,9 +256,14 @@ def remade(cell: Cell, given: Stats, made: Plan, store: Store) -> Remade | None:
         (path / REPORT).write_text(json.dumps({**report, "seconds": time.perf_counter() - start}, allow_nan=False))
 
     store.once("remade", folder.name, make)
-    report = json.loads((folder / REPORT).read_text())
+    report = remake_report(folder)
     say("recover", cell.slug, "cached" if cached else f"{report['seconds']:.1f} s, {report.get('tokens', 0)} tokens")
-    return Remade(folder, report)
+    return folder
+
+
+def remake_report(folder: Path) -> dict[str, Any]:
+    """What was done to make these weights: tokens, seconds, losses."""
+    return dict(json.loads((folder / REPORT).read_text()))
 
 
 def remade_folder(cell: Cell, made: Plan, store: Store) -> Path:

@@ -25,14 +25,13 @@ from tasks import Task
 class Sweep:
     """Every cell that a command line asks for: one, or the grid of a multirun.
 
-    is_grid: whether a setting has several values, which Hydra must be told. absent: benchmarks that belong to what is
+    absent: benchmarks that belong to what is
     asked for and are not offered here, with the reason. dry_run: whether only the bill is wanted.
     """
 
     name: str
     cells: tuple[Cell, ...]
     store: Store
-    is_grid: bool = True
     absent: Mapping[str, str] = field(default_factory=dict)
     dry_run: bool = False
 
@@ -40,6 +39,10 @@ class Sweep:
     def extras(self) -> list[str]:
         """Extra statistics that some cell needs: gathered in the one pass that all share."""
         return sorted(frozenset().union(*(cell.extras for cell in self.cells if not cell.in_sequence)))
+
+    def together(self) -> list[Cell]:
+        """The cells, each of which gathers what any of them needs."""
+        return [replace(cell, collect=frozenset(self.extras)) for cell in self.cells]
 
     def check(self) -> None:
         """Raise UserError, before any work, for everything that cannot work. What cells share is looked at once."""
@@ -75,8 +78,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
         reasons = " ".join(f"{benchmark}: {reason}." for benchmark, reason in absent.items())
         raise UserError(f"There is nothing to score here. {reasons}")
     _check_rows(cells)
-    is_grid = any(override.is_sweep_override() for override in parsed)
-    return Sweep(name, cells, Store(Path(configs[0].store)), is_grid, absent, dry_run)
+    return Sweep(name, cells, Store(Path(configs[0].store)), absent, dry_run)
 
 
 def _dry_run(config: DictConfig) -> bool:
@@ -107,6 +109,11 @@ def _settings(cell: Cell, task: Task) -> tuple:
 
 
 def _single(arguments: Sequence[str]) -> list[str]:
-    """The command line without its sweeps (``method=a,b``): enough to find a sweep file's parameters."""
+    """The command line with the first value of each sweep (``method=a,b``): enough for a sweep file's parameters."""
     parsed = OverridesParser.create().parse_overrides(list(arguments))
-    return [argument for argument, override in zip(arguments, parsed, strict=True) if not override.is_sweep_override()]
+    return [
+        f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        if override.is_sweep_override()
+        else given
+        for given, override in zip(arguments, parsed, strict=True)
+    ]

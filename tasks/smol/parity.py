@@ -61,7 +61,7 @@ def compare(name: str, served: Samples, plain: Samples) -> dict[str, Any]:
 @refuse_politely
 def main() -> int:
     """Run both and print the table."""
-    sweep, _ = checked([*SETTING, *sys.argv[1:]])
+    sweep = checked([*SETTING, *sys.argv[1:]])
     (cell,) = sweep.cells
     run(cell, sweep.store)
     tasks = [task for task in cell.tasks if isinstance(task, LmEval)]
