@@ -107,7 +107,7 @@ class ModelSearch:
             return [reference(self._log_probs(part)) for part in self.parts]
 
     def acceptance(self, kept: Kept) -> float:
-        return self._mean(acceptance, kept)
+        return min(1.0, self._mean(acceptance, kept))  # sums of rounded probabilities may exceed it in the last digit
 
     def divergence(self, kept: Kept) -> float:
         return self._mean(divergence, kept)
