@@ -45,8 +45,8 @@ EXACT_VOCABULARY, LIKELIEST = 4096, 256
 TOKENS = 2048  # of the calibration text; this and the next two are the paper's
 TRIANGLES, SEED = 500, 42
 LARGEST_LM = 5000  # pairs times layers
-OUTPUTS_AT_ONCE = 1 << 26  # values of expert outputs held at a time
-VALUES_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}  # values of shifted logits held at a time: cache, or memory
+OUTPUTS_AT_ONCE = 1 << 25  # values of expert outputs held at a time
+VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # values of shifted logits held at a time: cache, or memory
 NEVER = 1e-12  # frequency below which a group's members count alike
 UNLIKELY = 1e-3  # probability of a bucket whose mean shift is not to be trusted
 STEEP = 10.0  # a shift of a logit from which on the sum is taken in logarithms
@@ -171,18 +171,20 @@ def _local(divergence: Divergence) -> Meter:
         hidden, chosen, gates = seen.joined()
         device, kind = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
         groups, share = groups.to(device), seen.shares(groups).to(kind)
+        width = getattr(divergence, "width", stream.shape[1])
         total = torch.zeros(len(groups), dtype=torch.float64, device=device)
         for rows, outputs in _all_outputs(seen.experts, hidden, seen.count) if len(groups) else ():
-            for part in rows.split(_tokens_at_once(groups, chosen, getattr(divergence, "width", stream.shape[1]))):
-                touched = chosen[part][:, groups].any(dim=-1)
-                which = touched.int().topk(int(touched.sum(dim=1).max()), dim=1).indices  # [N, R]; the others: D = 0
+            touched = chosen[rows][:, groups].any(dim=-1)
+            for part in _in_chunks(touched.sum(dim=1), width):
+                most = int(touched[part[0]].sum())
+                which = touched[part].int().topk(most, dim=1).indices  # [N, R]; of those not touched D is 0
                 members = groups[which]
                 change = output_change(
-                    _picked(outputs[part - rows[0]].to(kind), members),
-                    _picked(gates[part].to(kind), members),
+                    _picked(outputs[part].to(kind), members),
+                    _picked(gates[rows[part]].to(kind), members),
                     share[which],
                 )
-                value = divergence(stream[part].to(kind), change).to(device)
+                value = divergence(stream[rows[part]].to(kind), change).to(device)
                 total.index_add_(0, which.flatten(), value.double().flatten())
         return total.cpu().numpy()
 
@@ -205,12 +207,16 @@ def _picked(values: Tensor, members: Tensor) -> Tensor:
     return picked.view(*members.shape, *values.shape[2:])
 
 
-def _tokens_at_once(groups: Tensor, chosen: Tensor, width: int) -> int:
-    """So many that ``width`` values for every group that a token can touch stay within bounds."""
-    top_k = int(chosen.sum(dim=1).max())
-    degree = torch.bincount(groups.flatten(), minlength=chosen.shape[1])
-    most = min(int(degree.sort(descending=True).values[:top_k].sum()), len(groups))
-    return max(1, VALUES_AT_ONCE[chosen.device.type] // max(most * width, 1))
+def _in_chunks(counts: Tensor, width: int) -> Iterator[Tensor]:
+    """The tokens that touch any group, those that touch most first, in chunks for each of which ``width`` values for
+    every token and group stay within bounds. counts [N]: groups that each token touches.
+    """
+    order = counts.argsort(descending=True, stable=True)
+    order = order[counts[order] > 0]
+    while len(order):
+        size = max(1, VALUES_AT_ONCE[counts.device.type] // (int(counts[order[0]]) * width))
+        yield order[:size]
+        order = order[size:]
 
 
 def _divergence(model: PreTrainedModel, batches: list[tuple[Tensor, Tensor]], mode: str) -> Divergence:

@@ -71,7 +71,7 @@ class Elastic:
     measured on. ``epochs``: 0 sorts and cuts without training, the control. AdamW, every weight trained, the learning
     rate by warm-up and cosine, in float32.
 
-    Source: Star Elastic, arXiv 2605.07182, section 2 of our notes.
+    Source: Star Elastic, arXiv 2605.07182.
 
     Where we differ: the paper prunes channels of the residual stream and hidden units in one model with a learned
     router for its shape; we take one axis and given sizes (our budget router, `harness.elastic_router`, is not used

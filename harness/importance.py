@@ -1,6 +1,6 @@
 """How much hidden units, channels and heads are used: one pass over the text, for the order of a nested model.
 
-Star Elastic's activation scores (arXiv 2605.07182, section 2.2 of our notes; before it Minitron's width pruning, arXiv
+Star Elastic's activation scores (arXiv 2605.07182; before it Minitron's width pruning, arXiv
 2407.14679), sums over every unmasked token:
 
 * hidden units of an expert: F_i = sum |act(gate) * up|_i over the tokens routed to the expert. The paper's experts have

@@ -1,7 +1,7 @@
 """Nested models: weights sorted by importance, so that a smaller model is a prefix of the larger one on every axis.
 
-The idea is Star Elastic's (arXiv 2605.07182, section 2 of our notes): sort the components of each axis once, most important first.
-The full model computes what it did before, and any budget is cut out as a prefix, without touching a value.
+The idea is Star Elastic's (arXiv 2605.07182): sort the components of each axis once, most important first. The full
+model computes what it did before, and any budget is cut out as a prefix, without touching a value.
 
 Axes: ``experts`` of each MoE layer; ``width``, the hidden units of each routed expert; ``hidden``, the channels of the
 residual stream, which embedding, head, norms, routers, attention and experts share, so they have one order; ``heads``,

@@ -1,6 +1,6 @@
 """A thinking budget with two models: a small one thinks, a large one answers.
 
-Source: elastic budget control of Star Elastic, arXiv 2605.07182, section 2 of our notes.
+Source: elastic budget control of Star Elastic, arXiv 2605.07182.
 
 The thought is most of what is generated, so the small model does most of the work. The large model reads prompt and
 thought as a prefix and computes its own cache of them: the paper finds caches of nested models nearly interchangeable,

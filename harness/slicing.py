@@ -33,9 +33,7 @@ def check_cuttable(model: Model) -> None:
 
 
 def cut(parent: Model, here: Budget, folder: Path) -> None:
-    """Write the slice of a sorted checkpoint, in experts or width, into the empty folder, as an ordinary checkpoint, and
-    check it.
-    """
+    """Write the slice of a sorted checkpoint, in experts or width, into the empty folder: an ordinary checkpoint."""
     assert here.hidden is None and here.heads is None, "on disk, experts and their width can be cut"
     keep = {layer: here.experts or count for layer, count in parent.experts.items()}
     plan = Plan({layer: LayerPlan.prune(range(keep[layer]), count) for layer, count in parent.experts.items()})

@@ -185,13 +185,12 @@ def test_training_brings_every_slice_closer_to_the_original(
     assert report["trained"] is True and report["kl_after"] == half["kl_after"]
 
 
-def test_training_again_gives_the_same_weights_and_another_seed_others(model: Model, text: str, tmp_path: Path) -> None:
-    found = []
-    for run, seed in enumerate((0, 0, 1)):
-        store = Store(tmp_path / str(run))
-        small, _ = remade(elastic("width", text, seed=seed), asked(model, store, 0.5), tmp_path / f"half-{run}")
+def test_training_again_gives_the_same_weights(model: Model, text: str, tmp_path: Path) -> None:
+    options, found = elastic("width", text), []
+    for run in ("one", "two"):
+        small, _ = remade(options, asked(model, Store(tmp_path / run), 0.5), tmp_path / f"half-{run}")
         found.append(weights(small))
-    assert found[0] == found[1] != found[2]
+    assert found[0] == found[1]
 
 
 def test_a_sharded_checkpoint_keeps_its_index_true(text: str, store: Store, tmp_path: Path) -> None:

@@ -73,6 +73,24 @@ def test_a_new_method_uses_the_statistics_that_are_there(
     assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
 
 
+def test_recovered_and_sliced_models_go_through_the_same_flow(tmp_path: Path) -> None:
+    """Trained routers and a width slice: checkpoints that one engine turns to; searched counts beside them."""
+    store = tmp_path / "store"
+    quick = ["recovery.text.sequences=16", "recovery.text.held_out=2", "calibration.held_out=2", "suite=tiny_sums"]
+    done = bench(store, "method=reap", "recovery=router,elastic_width", *quick)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in (store / "records").iterdir()]
+    assert {record["label"].split(" (")[0] for record in records} == {"REAP + router KD", "REAP + elastic width"}
+    for record in records:
+        assert record["status"] == "done" and record["served"]["how"] == "swap"
+        assert record["served"]["difference"] < 0.3
+        recovery = record["recovery"]
+        assert recovery["tokens"] == 16 * 256 and recovery["kl_before"] > 0 and recovery["kl_after"] > 0
+        assert record["size"]["bytes"] < 0.6 * record["original"]["bytes"]
+    assert "recovery tokens" in done.stdout and "held-out KL before" in done.stdout
+    assert temporary_files(store) == []
+
+
 def test_killed_half_way_it_finishes_without_repeating_anything(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -41,20 +41,27 @@ def completers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Completer]
 @pytest.fixture(scope="module")
 def served(completers: dict[str, Completer]) -> Iterator[dict[str, LLM]]:
     """Both behind their own port, in one thread."""
-    loop, ports = asyncio.new_event_loop(), {}
+    loop, ports, runners = asyncio.new_event_loop(), {}, []
 
     async def start() -> None:
         for name, completer in completers.items():
-            runner = web.AppRunner(Service(completer, name, LENGTH, 8).app())
+            runner = web.AppRunner((service := Service(completer, name, LENGTH, 8)).app())
             await runner.setup()
+            runners.append((runner, service))
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             ports[name] = runner.addresses[0][1]
+
+    async def end() -> None:
+        for runner, service in runners:
+            service.worker.cancel()
+            await runner.cleanup()
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     asyncio.run_coroutine_threadsafe(start(), loop).result(60)
     yield {name: LLM(f"http://127.0.0.1:{port}", name, "", LENGTH) for name, port in ports.items()}
+    asyncio.run_coroutine_threadsafe(end(), loop).result(60)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
 
