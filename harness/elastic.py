@@ -21,7 +21,6 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness import budget, distill
-from harness.build import build
 from harness.calibrate import packed_batches
 from harness.data import Calibration
 from harness.errors import UserError
@@ -186,7 +185,7 @@ class Elastic:
         """The order of the cell's method, [E] for each layer; None where it is not asked."""
         if self.axis != "experts":
             return None
-        kept = orders(given.stats, method_of(given.plan), given.model.experts, given.model.top_k)
+        kept = orders(given.stats, given.method, given.model.experts, given.model.top_k)
         found = {layer: expert_order(counts) for layer, counts in kept.items()}
         for layer, plan in given.plan.layers.items():
             rows = plan.kept_rows
@@ -208,17 +207,6 @@ class Elastic:
             teacher_tokens=None,
             seed=self.seed,
         )
-
-
-def method_of(plan: Plan) -> Method:
-    """The method that made the plan, as the plan's provenance describes it."""
-
-    def fields(described: Mapping[str, Any]) -> dict[str, Any]:
-        values = described["parameters"].items()
-        nested = {n: fields(v) if isinstance(v, Mapping) and "class" in v else v for n, v in values}
-        return {"_target_": described["class"], **nested}
-
-    return build("method", fields(plan.provenance["method"]))
 
 
 @functools.cache

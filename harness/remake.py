@@ -37,16 +37,15 @@ SCHEMA = 1  # raise it when a change of our code changes the weights that a rema
 
 @dataclass(frozen=True)
 class Remaking:
-    """What a remake is given. model: the original. plan: what becomes of its experts. stats: of the calibration text.
-    store: for what several cells share.
+    """What a remake is given. model: the original. plan: what becomes of its experts, as ``method`` says at ``ratio``.
+    stats: of the calibration text. store: for what several cells share.
     """
 
     model: Model
     plan: Plan
     stats: Stats
     ratio: float
-    label: str
-    seed: int
+    method: Method
     store: Store
 
 

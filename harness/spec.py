@@ -78,7 +78,12 @@ class Cell:
     @property
     def needs(self) -> frozenset[str]:
         """Names of all that decides the plan (`harness.stats`)."""
-        return self.method.needs | self.allocation.needs
+        return frozenset() if self.keeps_experts else self.method.needs | self.allocation.needs
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether all experts stay and the recovery makes the model smaller; the method is not asked."""
+        return self.recovery is not None and self.recovery.ignores_plan
 
     @property
     def calibrates(self) -> bool:
@@ -108,6 +113,8 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """What determines the plan. Uncompressed, nothing but the model does; without calibration, no text does."""
+        if self.keeps_experts:
+            return {"model": self.model.digest, "method": "keeps all experts"}
         identity: dict[str, Any] = {
             "model": self.model.digest,
             "method": method_identity(self.method),
@@ -281,7 +288,7 @@ def cell_of(config: DictConfig) -> Cell:
         model=shared("model", fields["model"]),
         calibration=build("calibration", fields["calibration"]),
         method=built,
-        label=label + ("" if isinstance(allocation, Uniform) else shares) + remakes,
+        label=_label(label, "" if isinstance(allocation, Uniform) else shares, recovery, remakes),
         ratio=ratio if compresses else 0.0,
         seed=seed,
         tasks=tuple(shared("suite", task) for task in fields["suite"]["tasks"]),
@@ -306,6 +313,13 @@ def _method(fields: Mapping[str, Any], protect: Mapping[str, Any] | None) -> tup
         return built, label
     switched = build("protect", {**protect, "method": method})
     return switched, f"{label} + super experts{_changes(protect, _usual('protect', protect))}"
+
+
+def _label(method: str, shares: str, recovery: Remake | None, remakes: str) -> str:
+    """A row is called by all that makes its model: the recovery alone, where that does not ask the method."""
+    if recovery is not None and recovery.ignores_plan:
+        return remakes.removeprefix(" + ")
+    return method + shares + remakes
 
 
 def _part(group: str, fields: Mapping[str, Any] | None) -> tuple[Any, str]:

@@ -183,7 +183,7 @@ def _decide(cell: Cell, given: Stats, searches: dict[int, ModelSearch], store: S
 
     searches: those that were begun, by how many sequences they search on.
     """
-    if cell.recovery is not None and cell.recovery.ignores_plan:
+    if cell.keeps_experts:
         return {layer: LayerPlan.identity(count) for layer, count in cell.model.experts.items()}
     if isinstance(cell.method, SequentialMethod):
         from harness.calibrate import packed_batches
@@ -251,9 +251,9 @@ def remade(cell: Cell, given: Stats, made: Plan, store: Store) -> Path | None:
         assert cell.recovery is not None
         path.mkdir()
         start = time.perf_counter()
-        asked = Remaking(cell.model, made, given, cell.ratio, cell.label, cell.seed, store)
+        asked = Remaking(cell.model, made, given, cell.ratio, cell.method, store)
         report = cell.recovery.remake(asked, path)
-        (path / REPORT).write_text(json.dumps({**report, "seconds": time.perf_counter() - start}, allow_nan=False))
+        (path / REPORT).write_text(json.dumps({"seconds": time.perf_counter() - start, **report}, allow_nan=False))
 
     store.once("remade", folder.name, make)
     report = remake_report(folder)

@@ -16,13 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness import checkpoint
 from harness.build import build, option
 from harness.calibrate import calibrate
-from harness.elastic import MANIFEST, ORDER, WEIGHTS, Elastic, method_of
+from harness.elastic import MANIFEST, ORDER, WEIGHTS, Elastic
 from harness.errors import UserError
 from harness.models import Model
 from harness.nested import Budget, slice_model
 from harness.plan import LayerPlan, Plan
 from harness.remake import Remaking
-from harness.spec import method_identity
 from harness.stats import Stats
 from harness.store import Store
 from harness.tensors import inventory
@@ -66,12 +65,12 @@ def asked(model: Model, store: Store, ratio: float, method: Method | None = None
     """What the flow gives: REAP's plan and statistics where there is a method, else nothing but the identity."""
     if method is None:
         plan = Plan({layer: LayerPlan.identity(count) for layer, count in model.experts.items()})
-        return Remaking(model, plan, Stats({}), ratio, "", 0, store)
+        return Remaking(model, plan, Stats({}), ratio, REAP(), store)
     ids = torch.randint(1, 300, (4, 24), generator=torch.Generator().manual_seed(0))
     stats = calibrate(model.load("float32"), [(ids, torch.ones_like(ids))])
     keep = dict.fromkeys(model.experts, EXPERTS - int(EXPERTS * ratio))
-    plan = Plan(method.plan(stats.only(method.needs), keep), {"method": method_identity(method)})
-    return Remaking(model, plan, stats, ratio, "", 0, store)
+    plan = Plan(method.plan(stats.only(method.needs), keep))
+    return Remaking(model, plan, stats, ratio, method, store)
 
 
 def remade(options: Elastic, given: Remaking, folder: Path) -> tuple[Model, dict[str, Any]]:
@@ -206,17 +205,6 @@ def test_a_sharded_checkpoint_keeps_its_index_true(text: str, store: Store, tmp_
     assert small.config["moe_intermediate_size"] == 16
 
 
-@pytest.mark.parametrize("file", ["reap", "frequency", "random", "seer"])
-def test_the_method_of_a_plan_is_known_from_its_provenance(file: str) -> None:
-    method = build(
-        "method", {**without_label(conf(f"method/{file}.yaml")), **({"seed": 3} if file == "random" else {})}
-    )
-    guarded = build("protect", {**conf("protect/super_experts.yaml"), "method": without_label(conf("method/ean.yaml"))})
-    for one in (method, guarded):
-        described = json.loads(json.dumps({"method": method_identity(one)}))
-        assert method_of(Plan({}, described)) == one
-
-
 def without_label(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "label"}
 
@@ -227,7 +215,7 @@ def test_what_cannot_nest_is_refused_with_the_reason(model: Model, text: str, st
     clusters = LayerPlan.merge([[0, 1], [2, 3], [4, 5], [6, 7]], [1.0] * EXPERTS)
     for layers in ({0: clusters, 1: clusters}, {0: LayerPlan.prune(range(3), 8), 1: LayerPlan.prune(range(5), 8)}):
         with pytest.raises(UserError, match="Use allocation=uniform and a method that prunes"):
-            elastic("experts", text).remake(Remaking(model, Plan(layers), Stats({}), 0.5, "", 0, store), tmp_path)
+            elastic("experts", text).remake(Remaking(model, Plan(layers), Stats({}), 0.5, REAP(), store), tmp_path)
     with pytest.raises(UserError, match="ratio=0.9 keeps 1 of 8 experts"):
         elastic("experts", text, budgets=[0.5, 0.9]).check(model, REAP())
     with pytest.raises(UserError, match=r"ratio=0.25 keeps 24 of 32 hidden units.*multiple of 16"):

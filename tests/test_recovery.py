@@ -54,7 +54,7 @@ def short(name: str, text: Calibration, **changes: Any) -> Recovery:
 def remade(recovery: Any, model: Model, plan: Plan, work: Path) -> tuple[Model, dict[str, Any]]:
     folder = work / f"remade-{len(list(work.iterdir()))}"
     folder.mkdir()
-    report = recovery.remake(Remaking(model, plan, Stats({}), 0.5, "label", 0, Store(work / "store")), folder)
+    report = recovery.remake(Remaking(model, plan, Stats({}), 0.5, REAP(), Store(work / "store")), folder)
     assert json.loads(json.dumps(report, allow_nan=False))["tokens"] == report["tokens"]
     return Model("remade", str(folder)), report
 

@@ -63,7 +63,7 @@ def pruned(model: Model, kept: list[int] = KEPT) -> Plan:
 def remade(recovery: Wanda, model: Model, plan: Plan, work: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors that are written, by name, and the report."""
     (work / "remade").mkdir(parents=True)
-    given = Remaking(model, plan, Stats({}), 0.125, "label", 0, Store(work / "store"))
+    given = Remaking(model, plan, Stats({}), 0.125, REAP(), Store(work / "store"))
     report = recovery.remake(given, work / "remade")
     checkpoint.verify(work / "remade", model)
     return values(Model("remade", str(work / "remade"))), report
