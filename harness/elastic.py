@@ -112,6 +112,12 @@ class Elastic:
     def ignores_plan(self) -> bool:
         return self.axis == "width"
 
+    @property
+    def forward_tokens(self) -> int:
+        """Importance, the student forwards and back with the teacher beside it, and what is held out at every size."""
+        sizes_measured = 2 * (len(self.budgets) + 1)
+        return self.text.length * ((1 + 4 * self.epochs) * self.text.sequences + sizes_measured * self.text.held_out)
+
     def check(self, model: Model, method: Method) -> None:
         model.check_compressible()
         check_plain(model)

@@ -259,13 +259,15 @@ class Estimate:
 
     @property
     def _own_tokens(self) -> float:
-        """Tokens through the model for this cell alone: three times those held out, for the reconstruction error, and
-        half a pass for each layer where the method compresses layer after layer.
+        """Tokens through the model for this cell alone: three times those held out, for the reconstruction error, half
+        a pass for each layer where the method compresses layer after layer, those of a search and of a recovery.
         """
         text, own = self.cell.calibration, 0.0
-        if self.cell.in_sequence and not self.has_plan:
-            own = text.sequences * len(self.cell.model.experts) / 2
-        return text.length * (own + (3 * text.held_out if self.cell.measures_errors else 0))
+        if not self.has_plan and not self.cell.keeps_experts:
+            own = sum(getattr(part, "searched_sequences", 0) for part in (self.cell.method, self.cell.allocation))
+            own += text.sequences * len(self.cell.model.experts) / 2 if self.cell.in_sequence else 0
+        trained = self.cell.recovery.forward_tokens if self.cell.recovery else 0
+        return trained + text.length * (own + (3 * text.held_out if self.cell.measures_errors else 0))
 
     def _step_bytes(self, length: float) -> float:
         """Memory that one step of decoding reads: the experts that some token of the batch is sent to, all the rest,

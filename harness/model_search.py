@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from harness.blocks import moe_blocks
 from harness.errors import StageError
 from harness.masked import pruned, surviving
-from harness.search import Kept
+from harness.search import BATCH, Kept
 
-BATCH = 4  # sequences, as RCO's published code takes them
 WHOLE = 4096  # vocabularies up to this size are compared token by token
 LARGEST = 256  # of larger ones the original's most probable tokens, and the rest as one
 

@@ -103,6 +103,12 @@ class Recovery(Recipe):
                 "recovery.text.held_out=0: recovery is measured on sequences held out. Set it to 1 or more."
             )
 
+    @property
+    def forward_tokens(self) -> int:
+        """The student forwards and back, the teacher beside it, and what is held out."""
+        passes = 4 if self.objective == "kd" else 3
+        return self.text.length * (passes * self.epochs * self.text.sequences + 5 * self.text.held_out)
+
     def check(self, model: Model, method: Method) -> None:
         from methods.none import NoCompression
 

@@ -54,6 +54,10 @@ class Remake(Protocol):
     def ignores_plan(self) -> bool:
         """Whether the cell's plan stays the identity, because the remake itself says what becomes of the experts."""
 
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens through the model, about: a backward pass counts as two more."""
+
     def check(self, model: Model, method: Method) -> None:
         """Raise UserError, before any work, for what cannot work of this model and method."""
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+BATCH = 4  # sequences of search text at a time, as RCO's published code takes them
+
 Kept = Mapping[int, Sequence[int]]  # experts that stay, by layer: the others are masked before the router's top-k
 
 

@@ -62,6 +62,10 @@ class Wanda:
         if given is None or not 0 <= given < 1:
             raise UserError(f"recovery: {given} is no share of weights to make zero. Give one from 0 up, below 1.")
 
+    @property
+    def forward_tokens(self) -> int:
+        return self.text.length * (self.text.sequences + 4 * self.text.held_out)
+
     def check(self, model: Model, method: Method) -> None:
         model.check_compressible()
         check_plain(model)

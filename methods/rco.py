@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.errors import UserError
 from harness.plan import LayerPlan
-from harness.search import Kept, Search
+from harness.search import BATCH, Kept, Search
 from harness.stats import Stats
 from methods.budget_surface import Adam, Blocks, BudgetSurface, capped_top, retract, softmax
 from methods.reap import REAP
@@ -123,6 +123,11 @@ class Descent:
             counts={str(layer): len(kept) for layer, kept in now.best.kept.items()},
         )
         return now.best.kept
+
+    @property
+    def searched_sequences(self) -> int:
+        """Sequences through the model, about: a backward pass counts as two more."""
+        return 3 * BATCH * self.samples * self.steps + self.sequences * (self.steps // self.check_every + 4)
 
     def temperature(self, step: int) -> float:
         """From ``tau_start`` at step 0 to ``tau_end`` at the last one, exponentially."""

@@ -308,3 +308,21 @@ def test_a_checkpoint_is_paid_for_only_where_one_is_written() -> None:
     (cell,) = cells("method=none")
     assert one == cell.model.nbytes, "merged experts are copied: HC-SMoE's is as large as the original"
     assert one < both < 2 * one and not math.isclose(one, both)
+
+
+def test_searches_and_training_are_paid_for() -> None:
+    """More than uniform REAP takes, and more for more: of a search its plans, of a training its epochs."""
+
+    def hours(*overrides: str) -> float:
+        (cell,) = expand(["ratio=0.5", "store=no-such-folder", *overrides]).cells
+        found = Estimate.of(cell, Store(Path("no-such-folder")))
+        assert found is not None
+        return found.hours
+
+    plain = hours("method=reap")
+    for system in ("evoesap", "rco", "rco_counts", "router", "elastic_width"):
+        assert hours(f"system={system}") > plain, system
+    assert hours("system=evoesap", "allocation.generations=50") > hours("system=evoesap")
+    assert hours("system=rco", "method.steps=200") > hours("system=rco")
+    assert hours("system=all", "recovery.epochs=2") > hours("system=all")
+    assert hours("system=all") > hours("system=all_lm"), "a teacher runs beside the student"

@@ -165,6 +165,11 @@ class EvoESAP:
     def needs(self) -> frozenset[str]:
         return frozenset({"search"}) | (self.order.needs if self.order else frozenset())
 
+    @property
+    def searched_sequences(self) -> int:
+        """Sequences through the model, at most."""
+        return self.sequences * (self.population + (self.generations - 1) * (self.population - self.elites) + 1)
+
     def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
         kept = orders(stats, self.order or method, budget.experts, budget.floor)
         assert stats.search is not None, "it is among the needs"
