@@ -223,7 +223,9 @@ def measure(sweep: Sweep, texts: int = TEXTS) -> bool:
 
 def _plans(sweep: Sweep) -> list[tuple[Cell, Plan]]:
     """A cell of every compressed row, and its plan, if that is in the store."""
-    cells = list({cell.row: cell for cell in reversed(sweep.cells) if cell.compresses}.values())[::-1]
+    cells = list(
+        {cell.row: cell for cell in reversed(sweep.cells) if cell.compresses and cell.recovery is None}.values()
+    )[::-1]
     if not cells:
         raise UserError("This sweep compresses nothing, so there is nothing to analyse. Name a method, as method=reap.")
     if any(cell.calibration.held_out < 1 for cell in cells):

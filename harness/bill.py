@@ -12,6 +12,7 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ import psutil
 
 from harness import budget
 from harness.absent import absent_data
+from harness.data import Calibration
 from harness.errors import UserError
 from harness.estimate import (
     BANDWIDTH,
@@ -53,8 +55,10 @@ from harness.tables import NOT_RUN
 def refusals(cell: Cell, estimate: Estimate | None) -> Iterator[str]:
     """Why a cell cannot run on this machine as it is."""
     yield from _refused_model(cell, estimate)
-    if (cell.calibrates or cell.measures_errors) and (absent := _absent_text(cell)):
+    if (cell.calibrates or cell.measures_errors) and (absent := _absent_text(cell.calibration)):
         yield f"calibration {cell.calibration.name}: {absent}"
+    if cell.recovery is not None and (absent := _absent_text(cell.recovery.text)):
+        yield f"recovery text {cell.recovery.text.name}: {absent}"
     for task in cell.tasks:
         if (reason := absent_data(task)) is not None:
             yield reason
@@ -62,11 +66,11 @@ def refusals(cell: Cell, estimate: Estimate | None) -> Iterator[str]:
         yield from _too_large(cell, estimate)
 
 
-def _absent_text(cell: Cell) -> str:
+def _absent_text(text: Calibration) -> str:
     try:
-        if absent := cell.calibration.absent:
+        if absent := text.absent:
             return f"{', '.join(absent)} not on this machine nor in the hub's cache"
-        cell.calibration.check()
+        text.check()
     except UserError as error:
         return str(error)
     return ""
@@ -76,7 +80,9 @@ def _refused_model(cell: Cell, estimate: Estimate | None) -> Iterator[str]:
     name = f"model {cell.model.name}"
     try:
         if cell.model.is_here:
-            return cell.check()
+            asked = cell if not (cell.recovery and cell.recovery.text.absent) else replace(cell, recovery=None)
+            asked.check()
+            return
         if estimate is None:
             made = f" Make it with: {cell.model.build}" if cell.model.build else ""
             yield f"{name}: {cell.model.path} is not here, and no outline says how large it is.{made}"
@@ -176,7 +182,9 @@ ASSUMPTIONS = (
     f"are read at {READING / 1e9:.0f} GB/s, {LOADS} times for each cell that compresses. Answers are as long as the "
     "reference answers (at most: as long as allowed, which broken models reach); prompts in GPT-2's tokens. Memory: "
     "weights and the cache of a batch (serve.max_num_seqs); 80 GB GPUs in powers of two, each filled as far as "
-    "serve.gpu_memory_utilization says. Left out: judging of programs (CPU), failures and retries."
+    "serve.gpu_memory_utilization says. Training is counted in tokens only: its memory (original, compressed model and "
+    "AdamW in float32), the disk of trained checkpoints and their other size are left out, as are merge barriers, "
+    "judging of programs (CPU), failures and retries."
 )
 
 

@@ -27,10 +27,11 @@ def checked(arguments: Sequence[str]) -> Sweep:
     waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
         serve.check(nbytes)
-    unread = {cell.tokens_name: cell for cell in waiting if cell.calibrates or cell.measures_errors}
-    for name, cell in unread.items():
-        if not sweep.store.path("tokens", name).exists():
-            cell.calibration.tokens(cell.model)  # refuses too little text
+    texts = {(cell.calibration, cell.model): None for cell in waiting if cell.calibrates or cell.measures_errors}
+    texts |= {(cell.recovery.text, cell.model): None for cell in waiting if cell.recovery is not None}
+    for text, model in texts:
+        if not sweep.store.path("tokens", text.tokens_name(model)).exists():
+            text.tokens(model)  # refuses too little text
     return sweep
 
 

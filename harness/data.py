@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.errors import UserError
 from harness.models import ROOT, Model
+from harness.store import key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,11 @@ class Calibration:
             "seed": self.seed,
             **({} if self.columns == TEXT else {"columns": self.columns}),
         }
+
+    def tokens_name(self, model: Model) -> str:
+        """File name of this text in the model's tokens, those held out included."""
+        documents = {**self.identity(), "held_out": self.held_out}
+        return key(documents=documents, tokenizer=model.tokenizer_digest) + ".safetensors"
 
     def tokens(self, model: Model) -> np.ndarray:
         """Packed token ids, int64, shape [sequences + held_out, length], documents separated by the end-of-text token.

@@ -187,7 +187,9 @@ def _is_known(cell: Cell, store: Store) -> bool:
     """Whether all that names the cell's results is here; without a store nobody need hash a model."""
     if not (store.root.is_dir() and cell.model.is_here and sized(cell.model)):
         return False
-    return not (cell.calibrates or cell.measures_errors) or not cell.calibration.absent
+    texts = [cell.calibration] if cell.calibrates or cell.measures_errors else []
+    texts += [cell.recovery.text] if cell.recovery else []
+    return not any(text.absent for text in texts)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from harness.plot import named
 from harness.sweep import Sweep
 
 MAPS = 24  # plans whose experts are drawn: more cannot be told apart on a page
-STAGES = ("calibrate", "plan", "reconstruct", "export", "serve", "score")
+STAGES = ("calibrate", "barriers", "plan", "recover", "reconstruct", "export", "serve", "score")
 
 
 class Figure(NamedTuple):
@@ -125,7 +125,7 @@ def _plans(sweep: Sweep) -> dict[str, Plan]:
         on = f" on {cell.calibration.name}" if cell.calibrates else ""
         on += f" routing {cell.routing}" if on and cell.routing != "actual" else ""
         name = f"{cell.label}, {100 * cell.ratio:.4g} %{on}"
-        if not cell.compresses or name in found:
+        if not cell.compresses or cell.recovery is not None or name in found:
             continue
         file = stages.plan_file(cell, sweep.store)
         if file.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -67,11 +68,14 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 @dataclass
 class Spent:
-    """evaluations: plans that were measured. gradients: batches that were differentiated. tokens: forwarded in all."""
+    """evaluations: plans that were measured. gradients: batches that were differentiated. tokens: forwarded in all, the
+    original's own once in each run. seconds: of all runs, as far as their states were kept.
+    """
 
     evaluations: int = 0
     gradients: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
 
 class ModelSearch:
@@ -93,6 +97,7 @@ class ModelSearch:
         self.experts = {layer: int(block.experts.num_experts) for layer, block in moe_blocks(model).items()}  # type: ignore[union-attr, arg-type]
         self.parts = [torch.from_numpy(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
         self.spent = Spent()
+        self._clock = time.perf_counter()
         self.notes: dict[str, Any] = {}
         self._read, self._write = read, write
 
@@ -161,4 +166,6 @@ class ModelSearch:
 
     def record(self) -> dict[str, Any]:
         """What the plan says of its search."""
+        now = time.perf_counter()
+        self.spent.seconds, self._clock = self.spent.seconds + now - self._clock, now
         return {"spent": asdict(self.spent), "notes": self.notes}

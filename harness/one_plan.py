@@ -17,13 +17,16 @@ from harness.sweep import expand
 
 @dataclass(frozen=True)
 class OnePlan:
-    """cell: the model, and how the plan was found, if ``is_cells``. file: holds the plan."""
+    """cell: the model, and how the plan was found, if ``is_cells``. file: holds the plan. remade: the checkpoint that
+    the cell's recovery made of it, where it has one.
+    """
 
     cell: Cell
     plan: Plan
     file: Path
     store: Store
     is_cells: bool
+    remade: Path | None = None
 
 
 def split(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -42,8 +45,14 @@ def one_plan(arguments: Sequence[str], file: str | None) -> OnePlan:
     (cell,) = sweep.cells
     cell.check()
     if file is None:
-        made = stages.plan(cell, stages.statistics(cell, sweep.store), sweep.store)
-        return OnePlan(cell, made, stages.plan_file(cell, sweep.store), sweep.store, True)
+        given = stages.statistics(cell, sweep.store)
+        made = stages.plan(cell, given, sweep.store)
+        remade = stages.remade(cell, given, made, sweep.store)
+        return OnePlan(cell, made, stages.plan_file(cell, sweep.store), sweep.store, True, remade)
+    if any(argument.startswith("recovery=") for argument in arguments):
+        raise UserError(
+            "A plan in a file is taken as it is. Leave recovery out, or name the method instead of the file."
+        )
     path = Path(file)
     try:
         made = plans.from_json(path.read_text())

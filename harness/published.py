@@ -156,14 +156,15 @@ def _measured(group: pd.DataFrame, weights: Mapping[str, float]) -> Measured | N
 
 def _printed(cell: Mapping[str, object], benchmark: str, version: str) -> pd.Series | None:
     """The paper's row for this cell; of several tables, the most detailed one's. Options of a method (in brackets in
-    its label) do not matter: they are variants of what the paper calls by that name.
+    its label) do not matter: they are variants of what the paper calls by that name. What a method was combined with
+    (" + " in its label: an allocation, a recovery, protected experts) does: the paper has none of these.
     """
     rows = reference()
     compressed = float(str(cell["ratio"])) > 0
     wanted = (
         (rows["paper_version"] == version)
         & (rows["our_model"] == cell["model"])
-        & (rows["our_method"] == str(cell["label"]).split(" (")[0])
+        & (rows["our_method"] == (str(cell["label"]).split(" (")[0] if " + " not in str(cell["label"]) else ""))
         & ((rows["ratio"] - float(str(cell["ratio"]))).abs() < 1e-9)
         & (rows["our_calibration"] == (cell["calibration"] if compressed else ""))
         & (rows["benchmark"] == benchmark)

@@ -20,8 +20,7 @@ from harness.distill import Recipe
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, Model, role
 from harness.plan import Plan
-from harness.remake import Remaking, check_even, check_no_copies, check_plain, identity, save, text_tokens
-from harness.store import key
+from harness.remake import Remaking, check_even, check_no_copies, check_plain, save, text_tokens
 
 if TYPE_CHECKING:
     from methods import Method
@@ -145,8 +144,7 @@ class Recovery(Recipe):
         start = time.perf_counter()
         self.check_plan(given.plan)
         ids, held = text_tokens(self.text, given.model, given.store)
-        name = key(model=given.model.digest, plan=given.plan.digest, remake=identity(self))
-        with given.store.workspace(f"recovery-{name}") as work:
+        with given.store.workspace(f"recovery-{folder.name}") as work:
             teacher = _in_float32(given.model).requires_grad_(False)
             report = _Trainer(self, given.model, given.plan, teacher, work).run(ids, held, folder)
         return {**report, "seconds": time.perf_counter() - start}

@@ -23,7 +23,7 @@ from harness.models import Model, role
 from harness.plan import Plan
 from harness.rewrite import FLOATS, MERGEABLE
 from harness.stats import Stats
-from harness.store import Store, key
+from harness.store import Store
 from harness.tensors import Entry, Tensor
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Remaking:
 
 
 class Remake(Protocol):
+    @property
+    def text(self) -> Calibration:
+        """What it trains or measures on."""
+
     @property
     def ignores_plan(self) -> bool:
         """Whether the cell's plan stays the identity, because the remake itself says what becomes of the experts."""
@@ -90,9 +94,7 @@ def text_tokens(text: Calibration, model: Model, store: Store) -> tuple[np.ndarr
     """Packed tokens of the text, int64: [sequences, length] to learn from and [held_out, length] to measure on."""
     from safetensors.numpy import load_file, save_file
 
-    documents = {**text.identity(), "held_out": text.held_out}  # named as those of `harness.stages`: made once
-    name = key(documents=documents, tokenizer=model.tokenizer_digest) + ".safetensors"
-    path = store.once("tokens", name, lambda path: save_file({"tokens": text.tokens(model)}, path))
+    path = store.once("tokens", text.tokens_name(model), lambda path: save_file({"tokens": text.tokens(model)}, path))
     ids = load_file(path)["tokens"]
     return ids[: text.sequences], ids[text.sequences :]
 

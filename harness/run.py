@@ -1,6 +1,6 @@
 """The flow, for one cell of a comparison. Start here.
 
-model + text --calibrate--> Stats --method--> Plan --serve--> URL --score--> records
+model + text --calibrate--> Stats --method--> Plan [--recover--> weights] --serve--> URL --score--> records
 
 python -m harness.run method=reap ratio=0.25           one cell
 python -m harness.run sweep=demo                       a grid of cells; the same command again resumes
@@ -9,7 +9,6 @@ python -m harness.run method=reap,ean ratio=0.25,0.5 seed=0,1,2
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 
@@ -32,13 +31,18 @@ def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
     return given, made
 
 
-def run(cell: Cell, store: Store) -> None:
-    """Take one cell from the model to its records; what the store holds already is not done again."""
+def run(cell: Cell, store: Store, problem: Exception | None = None) -> None:
+    """Take one cell from the model to its records; what the store holds already is not done again.
+
+    problem: why it could not be prepared, where that has been tried.
+    """
     if scoring.all_done(cell, store):
         return say("record", cell.slug, "cached")
     given = made = None
     errors: dict[str, str] = {}
     with scoring.noting(errors, cell.tasks):
+        if problem is not None:
+            raise problem
         given, made = prepare(cell, store)
         missing = [task for task in cell.tasks if not scoring.scored(cell, made, task, store)]
         if missing:
@@ -51,16 +55,19 @@ def run(cell: Cell, store: Store) -> None:
 
 
 def run_all(sweep: Sweep) -> None:
-    """Plan every cell before the first engine takes the memory, then take each to its records. What fails to be planned
-    fails again in its cell, for good.
+    """Prepare every cell before the first engine takes the memory, then take each to its records, or to the record of
+    why it could not be prepared.
     """
     cells = sweep.together()
+    problems: dict[Cell, Exception] = {}
     for cell in cells:
         if not scoring.all_done(cell, sweep.store):
-            with contextlib.suppress(Exception):
+            try:
                 prepare(cell, sweep.store)
+            except Exception as problem:
+                problems[cell] = problem
     for cell in cells:
-        run(cell, sweep.store)
+        run(cell, sweep.store, problems.get(cell))
 
 
 @refuse_politely

@@ -212,7 +212,8 @@ def _size(cell: Cell, made: Plan, store: Store) -> checkpoint.Size:
         return size
     found = checkpoint.tensors_of(folder)
     nbytes = sum(tensor.nbytes for tensor in found)
-    return replace(size, parameters=sum(t.elements for t in found), bytes=nbytes, distinct_bytes=nbytes)
+    parameters = sum(tensor.elements for tensor in found)  # copies of merged experts are experts of their own now
+    return replace(size, distinct=size.experts, parameters=parameters, bytes=nbytes, distinct_bytes=nbytes)
 
 
 def _remade(cell: Cell, made: Plan, store: Store) -> dict[str, Any]:
@@ -239,10 +240,12 @@ def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error
         document["size"] = asdict(_size(cell, made, store))
         document["seconds"] = {
             "calibrate": given.provenance.get("seconds", 0.0),
+            "barriers": given.provenance.get("seconds_barriers", 0.0),
             "plan": made.provenance["seconds"],
         }
         document["search"] = made.provenance.get("search", {})
         document |= _remade(cell, made, store)
+        document["seconds"]["recover"] = document.get("recovery", {}).get("seconds", 0.0)
         if not error:
             name = score_name(cell, made, task)
             found = store.read_json("scores", name)

@@ -210,6 +210,7 @@ class VLLM:
         """
         turns = weights.plan is not None or weights.base is not None
         if not turns or self.how not in ("swap", "mask"):
+            release()  # an engine that was kept would hold the memory
             with self._started(weights, name, log) as engine:
                 how = "checkpoint" if weights.plan is None else "plan"
                 yield Served(engine.llm, how, engine.weight_bytes(), self._probe(engine, weights))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoint
+from harness import checkpoint, stages
 from harness import plan as plans
 from harness.commandline import refuse_politely
 from harness.errors import UserError
@@ -25,15 +25,19 @@ CARD, PLAN = "README.md", "plan.json"
 
 def share(asked: OnePlan, folder: Path) -> None:
     """Write, check and describe the checkpoint; the folder appears when all of it is there."""
-    checkpoint.check_stock(asked.cell.model, asked.plan)
+    if asked.remade is None:
+        checkpoint.check_stock(asked.cell.model, asked.plan)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"to={folder} is there already and not empty. Name a new folder.")
     partial = folder.with_name(f".partial-{folder.name}")
     remove(partial)
     try:
-        partial.mkdir(parents=True)
-        checkpoint.export(asked.cell.model, asked.plan, partial)
-        checkpoint.verify(partial, asked.cell.model)
+        if asked.remade is None:
+            partial.mkdir(parents=True)
+            checkpoint.export(asked.cell.model, asked.plan, partial)
+            checkpoint.verify(partial, asked.cell.model)
+        else:
+            shutil.copytree(asked.remade, partial)
         if (partial / CARD).exists():
             shutil.move(partial / CARD, partial / "README.original.md")
         (partial / PLAN).write_text(plans.to_json(asked.plan))
@@ -62,7 +66,7 @@ def card(asked: OnePlan, written: int) -> str:
         "",
         f"{len(made.layers)} MoE layers of {max(model.experts.values(), default=0)} experts each became "
         f"{max(rows, default=0)} router rows{padded} with {distinct:.4g} distinct experts on average; "
-        f"{model.nbytes / 1e6:.1f} MB became {written / 1e6:.1f} MB. Kept tensors are the original's, bit for bit. "
+        f"{model.nbytes / 1e6:.1f} MB became {written / 1e6:.1f} MB. {_weights(asked)} "
         f"`{PLAN}` says what became of every expert; `README.original.md`, if it is here, is the original's card.",
         "",
         "## Scores",
@@ -76,6 +80,12 @@ def card(asked: OnePlan, written: int) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _weights(asked: OnePlan) -> str:
+    if asked.remade is None:
+        return "Kept tensors are the original's, bit for bit."
+    return f"The weights were then made anew ({asked.cell.label}); `{stages.REPORT}` says on how much text."
 
 
 def _scores(asked: OnePlan) -> str:

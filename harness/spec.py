@@ -38,7 +38,7 @@ from tasks import Task
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
 STATS_SCHEMA = 4  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
 ERRORS_SCHEMA = 1  # the errors of harness/reconstruct.py, and the blocks in memory of blocks.py and align.py
-SEARCH_SCHEMA = 1  # the answers of harness/model_search.py and masked.py
+SEARCH_SCHEMA = 1  # the answers of harness/model_search.py, masked.py and search.py
 BARRIER_SCHEMA = 1  # the sums of harness/barriers.py
 SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 
@@ -154,8 +154,7 @@ class Cell:
     @property
     def tokens_name(self) -> str:
         """File name of the calibration tokens, those held out included."""
-        documents = {**self.calibration.identity(), "held_out": self.calibration.held_out}
-        return key(documents=documents, tokenizer=self.model.tokenizer_digest) + ".safetensors"
+        return self.calibration.tokens_name(self.model)
 
     @property
     def measures_errors(self) -> bool:
@@ -191,6 +190,14 @@ class Cell:
         return re.sub(r"[^\w.-]+", "_", "-".join(parts).lower()).strip("_")
 
     @property
+    def plan_slug(self) -> str:
+        """As `slug`, without what comes after the plan: cells that differ in recovery share one."""
+        method = type(self.method).__module__.rpartition(".")[2]
+        parts = [self.model.name, "whole" if self.keeps_experts else method]
+        parts += [f"r{self.ratio:.4g}", f"s{self.seed}"] if self.compresses and not self.keeps_experts else []
+        return re.sub(r"[^\w.-]+", "_", "-".join(parts).lower()).strip("_")
+
+    @property
     def row(self) -> Row:
         return Row(
             model=self.model.name,
@@ -222,7 +229,7 @@ class Cell:
             self.recovery.check(self.model, self.method)
         if self.compresses and "reconstruction" in self.needs and not self.calibration.held_out:
             raise UserError(f"{self.label} needs held-out tokens. Set calibration.held_out to some sequences.")
-        if self.compresses:
+        if self.compresses and not self.keeps_experts:
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
         known = (*ROUTED, *EXTRAS, *WEIGHTS, *BARRIERS, *MEASURES)
         unknown = (self.needs - set(known)) | (self.collect - {*ROUTED, *EXTRAS})
@@ -232,10 +239,25 @@ class Cell:
             )
 
     def _check_allocation(self) -> None:
-        """Raise UserError for counts that two would decide, or that are asked for before a layer has been reached."""
+        """Raise UserError for counts that two would decide, that are asked for before a layer has been reached, or that
+        nothing later can take.
+        """
+        total = getattr(self.method, "counts", "layer") == "total"
+        if self.keeps_experts or (isinstance(self.allocation, Uniform) and not total):
+            return
+        if int(self.model.config.get("n_group") or 1) > 1:
+            raise UserError(
+                f"{self.label}: the router of {self.model.name} chooses among groups of experts (n_group), which the "
+                "counts of a search need not divide. Choose allocation=uniform and a method with one count for all."
+            )
+        if self.recovery is not None:
+            raise UserError(
+                f"{self.label}: recovery writes a stock checkpoint, which has one expert count for all layers, and "
+                "here each layer gets its own. Leave recovery out, or choose allocation=uniform and another method."
+            )
         if isinstance(self.allocation, Uniform):
             return
-        if getattr(self.method, "counts", "layer") == "total":
+        if total:
             raise UserError(f"{self.label}: this method shares out the experts itself. Choose allocation=uniform.")
         if self.in_sequence or "reconstruction" in self.method.needs:
             raise UserError(
@@ -284,6 +306,8 @@ def cell_of(config: DictConfig) -> Cell:
     compresses = not isinstance(built, NoCompression)
     allocation, shares = _part("allocation", fields["allocation"] if compresses else _option("allocation", "uniform"))
     recovery, remakes = _part("recovery", fields.get("recovery") if compresses else None)
+    if not compresses and (fields.get("recovery") or {}).get("drop_layers"):
+        raise UserError("recovery.drop_layers goes with a method that compresses; method=none is the model as it is.")
     return Cell(
         model=shared("model", fields["model"]),
         calibration=build("calibration", fields["calibration"]),

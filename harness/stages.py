@@ -88,10 +88,11 @@ def _barrier_sums(cell: Cell, mode: str, store: Store) -> Stats:
         start = time.perf_counter()
         model = cell.model.load(cell.calibration.dtype)
         made = barriers(model, packed_batches(ids, cell.calibration.batch_size), mode)
-        stats.save(made, path)
-        say("barriers", name, f"{time.perf_counter() - start:.1f} s, {ids.size} tokens, {mode}")
+        seconds = time.perf_counter() - start
+        stats.save(replace(made, provenance={"seconds_barriers": seconds}), path)
+        say("barriers", name, f"{seconds:.1f} s, {ids.size} tokens, {mode}")
 
-    return replace(stats.load(store.once("barriers", name, make)), provenance={})
+    return stats.load(store.once("barriers", name, make))
 
 
 def _calibration_sums(cell: Cell, store: Store) -> Stats:
@@ -148,7 +149,7 @@ def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict
 
 def plan_file(cell: Cell, store: Store) -> Path:
     """Where the cell's plan is kept."""
-    return store.path("plans", f"{cell.slug}-{key(**cell.identity())}.json")
+    return store.path("plans", f"{cell.plan_slug}-{key(**cell.identity())}.json")
 
 
 def plan(cell: Cell, given: Stats, store: Store) -> Plan:
@@ -167,8 +168,9 @@ def plan(cell: Cell, given: Stats, store: Store) -> Plan:
             "seed": cell.seed,
             "statistics": dict(given.provenance),
             "seconds": time.perf_counter() - start,
-            **({"search": search.record()} if (search := next(iter(searches.values()), None)) else {}),
         }
+        for search in searches.values():  # at most one; of an interrupted one the seconds of all its runs
+            about |= {"search": search.record(), "seconds": max(time.perf_counter() - start, search.spent.seconds)}
         path.write_text(plans.to_json(Plan(layers, about)))
 
     cached = store.path("plans", name).exists()
@@ -210,6 +212,7 @@ def _search(cell: Cell, sequences: int, searches: dict[int, ModelSearch], store:
         raise UserError(
             f"{cell.label} searches on {sequences} sequences, and calibration {cell.calibration.name!r} has {len(ids)}."
         )
+    assert searches.keys() <= {sequences}, "one search, one state"
     if sequences not in searches:
         name = plan_file(cell, store).name
         searches[sequences] = ModelSearch(

@@ -1,4 +1,4 @@
-"""The cells of a whole command line, one or a grid, composed as Hydra will and checked before any runs."""
+"""The cells of a whole command line, one or a grid as Hydra's sweeper makes it, checked before any runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks import Task
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every cell that a command line asks for: one, or the grid of a multirun.
+    """Every cell that a command line asks for: one, or a grid.
 
     absent: benchmarks that belong to what is
     asked for and are not offered here, with the reason. dry_run: whether only the bill is wanted.
@@ -56,7 +56,7 @@ class Sweep:
 
 
 def expand(overrides: Sequence[str]) -> Sweep:
-    """Compose every cell of the command line, as Hydra will, without running any. Raises UserError."""
+    """Compose every cell of the command line, without running any. Raises UserError."""
     arguments = [argument for argument in overrides if argument not in ("-m", "--multirun")]
     if flags := [argument for argument in arguments if argument.startswith("-")]:
         raise UserError(f"Unknown option {flags[0]}. Give settings as name=value, for example method=reap ratio=0.25.")
@@ -105,7 +105,8 @@ def _settings(cell: Cell, task: Task) -> tuple:
     """What was asked for, as far as it can change a score. Reads no file: neither model nor text need be here yet."""
     text = replace(cell.calibration, batch_size=1) if cell.calibrates else None
     parts = (cell.allocation, cell.recovery)
-    return cell.model, method_identity(cell.method), parts, text, task, cell.serve.identity()
+    method = None if cell.keeps_experts else method_identity(cell.method)
+    return cell.model, method, cell.ratio, parts, text, task, cell.serve.identity()
 
 
 def _single(arguments: Sequence[str]) -> list[str]:

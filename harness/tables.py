@@ -27,7 +27,7 @@ EFFORT = {  # columns of the tidy frame: their title and format
     "recovery_kl_before": ("held-out KL before", ".4f"),
     "recovery_kl_after": ("after", ".4f"),
 }
-STAGES = ("calibrate", "plan", "export", "serve", "score")
+STAGES = ("calibrate", "barriers", "plan", "recover", "export", "serve", "score")
 
 
 def by_row(tidy: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
@@ -152,7 +152,7 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
         "MB before": f"{row['original_bytes'] / 1e6:.2f}",
         "MB written": f"{row['size_bytes'] / 1e6:.2f}",
         "MB distinct": f"{row['size_distinct_bytes'] / 1e6:.2f}",
-        **{f"{stage} s": f"{row[f'seconds_{stage}']:.1f}" for stage in STAGES[:-1]},
+        **{f"{stage} s": f"{row[f'seconds_{stage}']:.1f}" for stage in STAGES[:-1] if _took(rows, stage)},
         "score s": f"{rows['seconds_score'].sum():.1f}",
         "calibrate peak MB": _number(
             row.reindex(["peak_gpu", "peak_ram"]).dropna().head(1).sum(min_count=1), 1e-6, ".0f"
@@ -162,18 +162,25 @@ def _cost(rows: pd.DataFrame) -> dict[str, str]:
 
 def effort(tidy: pd.DataFrame) -> pd.DataFrame:
     """What each row's search and recovery took besides calibration; of seeds, their mean. Nothing if there are none."""
-    known = [column for column in EFFORT if column in tidy and tidy[column].notna().any()]
+    done = complete(tidy)
+    known = [column for column in EFFORT if column in done and done[column].notna().any()]
     if known in ([], ["seconds_plan"]):
         return pd.DataFrame()
     rows = {
         name: {EFFORT[column][0]: _mean_of(group.drop_duplicates(CELL), column) for column in known}
-        for name, group in by_row(tidy, plan_names(tidy))
+        for name, group in by_row(done, plan_names(tidy))
     }
     return _table(rows, plan_names(tidy))
 
 
 def _mean_of(rows: pd.DataFrame, column: str) -> str:
     return _number(rows[column].astype(float).mean(), 1, EFFORT[column][1])
+
+
+def _took(rows: pd.DataFrame, stage: str) -> bool:
+    """Whether a stage is to be shown; barriers and recovery only where some row has them."""
+    usual = stage not in ("barriers", "recover")
+    return usual or float(rows.get(f"seconds_{stage}", pd.Series([0.0])).sum()) > 0
 
 
 def serving(tidy: pd.DataFrame) -> pd.DataFrame:
@@ -329,8 +336,8 @@ def stage_times(tidy: pd.DataFrame) -> str:
         "calibrate": sum(plans["seconds_calibrate"].unique()),
         **{
             stage: plans[f"seconds_{stage}"].sum()
-            for stage in ("plan", "reconstruct", "export", "serve")
-            if f"seconds_{stage}" in plans
+            for stage in ("barriers", "plan", "recover", "reconstruct", "export", "serve")
+            if f"seconds_{stage}" in plans and _took(plans, stage)
         },
         "score": done["seconds_score"].sum(),
     }

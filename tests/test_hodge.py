@@ -228,9 +228,9 @@ def test_reading_barriers_renames_the_experts() -> None:
 
 
 def test_the_order_of_experts_is_by_score_then_by_barriers_then_by_index() -> None:
-    pair = space(4, []).square(np.array([3.0, 1, 1, 1, 1, 1]))
-    assert expert_order(pair, np.array([1.0, 1, 5, 1])).tolist() == [2, 0, 1, 3]
-    assert expert_order(pair, np.ones(4), np.array([0.0, 0, 0, 2])).tolist() == [3, 0, 1, 2]
+    pair = space(4, []).square(np.array([1.0, 1, 1, 1, 3, 1]))  # 1 and 3 are dearest to merge
+    assert expert_order(pair, np.array([1.0, 1, 5, 1])).tolist() == [2, 1, 3, 0]
+    assert expert_order(pair, np.ones(4), np.array([2.0, 0, 0, 0])).tolist() == [0, 1, 3, 2]
 
 
 def test_the_sweep_finds_the_threshold_with_most_holes() -> None:

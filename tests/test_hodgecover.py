@@ -155,6 +155,17 @@ def _edges_in(method: HodgeCover, stats: LayerStats) -> set[frozenset[int]]:
     return {frozenset(found.order[edge].tolist()) for edge in cover.edges}
 
 
+def test_the_papers_orientation_is_by_index() -> None:
+    stats = noise(9, experts=10)
+    pair, triangles, _ = (stats[name] for name in barrier_sums("l2"))
+    direct = Complex(10, triangles.astype(int))
+    expected = np.abs(direct.split(direct.on_edges(pair)).harmonic)
+    found = by_saliency(stats, "l2")
+    place = np.argsort(found.order)
+    moved = found.space.square(np.abs(hodgecover(orientation="index").harmonic(found)))[np.ix_(place, place)]
+    np.testing.assert_allclose(direct.on_edges(moved), expected, atol=1e-12)
+
+
 def test_relabelling_leaves_about_a_third_of_the_papers_edges() -> None:
     """Prototype: Jaccard 0.35 with 64 experts and 500 triangles, 0.11 by chance."""
     stats, shared = noise(5, experts=64), []
@@ -280,6 +291,8 @@ def test_without_barriers_it_is_reap_and_without_tokens_it_is_a_plan() -> None:
     layer = zeros(6, count=np.full(6, 2.0), gate_norm=2 * score)
     for method in (hodgecover(), hodgecover(sal_norm="sum"), hodgecover(orientation="mean")):
         assert method.plan_layer(layer, 3).kept_rows == (1, 3, 4)
+        cover, _ = cover_of(method, layer)
+        assert len(cover.edges) == len(cover.triangles) == 0, "nothing is hard to merge"
         assert method.plan_layer(zeros(6), 3).kept_rows == (0, 1, 2)
     for cost in ("barrier", "penalty", "hypergraph"):
         assert len(barrier_merge(cost=cost).plan_layer(zeros(6), 4).slots) == 4
