@@ -1,8 +1,8 @@
 """One pass over the calibration tokens: every method's statistics, from what the model really did.
 
-transformers routes every modern MoE block through one seam, ``ALL_EXPERTS_FUNCTIONS``: a function that receives the
-experts module, its input, the selected expert ids and the gate weights the model multiplies with (renormalised,
-scaled, sigmoid, correction bias, groups: all already applied). We register ours there for the length of the pass.
+transformers routes every modern MoE block through one seam (`harness.seam`): a function that receives the experts
+module, its input, the selected expert ids and the gate weights the model multiplies with (renormalised, scaled,
+sigmoid, correction bias, groups: all already applied). Ours stands there for the length of the pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from harness import sums
 from harness.blocks import compress_block, moe_blocks
@@ -23,6 +22,7 @@ from harness.errors import StageError, UserError
 from harness.models import layer_index
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
+from harness.seam import experts_run_through
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # token ids and attention mask, both int64 [B, T]
@@ -138,24 +138,14 @@ class Observer:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Within this context the model's experts run through `forward` and its routers' logits are seen."""
-        before = self.model.config._experts_implementation
-        ALL_EXPERTS_FUNCTIONS.register("observed", self.forward)
         hooks = list(self._hook_routers()) if self.reads_logits else []
         hooks += list(self.residual.attach()) if "gate_norm_turn" in self.extras else []
         try:
-            self._use("observed")
-            yield
+            with experts_run_through(self.model, self.forward):
+                yield
         finally:
-            self._use(before)
-            ALL_EXPERTS_FUNCTIONS._global_mapping.pop("observed", None)  # or it would keep the model in memory
             for hook in hooks:
                 hook.remove()
-
-    def _use(self, implementation: str) -> None:
-        try:
-            self.model.set_experts_implementation(implementation)
-        except ValueError as error:
-            raise UserError(f"The experts of {type(self.model).__name__} cannot be observed: {error}") from error
 
     def _hook_routers(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         recorder = (getattr(self.model, "_can_record_outputs", None) or {}).get("router_logits")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import tensors
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, expert_widths, role
+from harness.models import EXPERT_COUNT, Model, role, width_field
 from harness.plan import Plan
 from harness.rewrite import FLOATS, MERGEABLE, UNITS_FIRST, UNITS_LAST, Layout, Rewrite, decoded, is_bias
 from harness.tensors import Tensor
@@ -103,7 +103,7 @@ def export(model: Model, plan: Plan, folder: Path) -> None:
 
 def differs_in_experts_only(folder: Path, model: Model) -> bool:
     """Whether a checkpoint has the model's config but for the number and width of its experts."""
-    changed = {*EXPERT_COUNT, *expert_widths(model.config)}
+    changed = {*EXPERT_COUNT, width_field(model.config)}
     configs = (Model(folder.name, str(folder)).config, model.config)
     before, after = ({name: value for name, value in config.items() if name not in changed} for config in configs)
     return before == after

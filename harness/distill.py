@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from harness.blocks import moe_blocks
 from harness.errors import StageError, UserError
-from harness.models import role
+from harness.models import Model, role
+from harness.seam import use
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # of AdamW, which decays no weight here; the largest norm of a gradient
 MTP = (0.3, 0.1)  # weight of the multi-token heads' loss, first and last
@@ -170,6 +171,13 @@ def router_logits(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def trainable(model: Model) -> PreTrainedModel:
+    """The model in memory in float32, its experts computed in one grouped product, which trains fast on a CPU too."""
+    loaded = model.load("float32")
+    use(loaded, "grouped_mm")
+    return loaded
 
 
 def train(

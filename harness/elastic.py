@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from harness import budget, distill
 from harness.calibrate import packed_batches
 from harness.data import Calibration
+from harness.distill import trainable
 from harness.errors import UserError
 from harness.importance import importance
 from harness.models import Model
@@ -224,13 +225,6 @@ def _layout(folder: str) -> dict[str, int]:
     return sizes(empty)
 
 
-def _loaded(model: Model) -> PreTrainedModel:
-    """In float32, the experts as one grouped product, which trains fast on a CPU too."""
-    loaded = model.load("float32")
-    loaded.set_experts_implementation("grouped_mm")
-    return loaded
-
-
 @dataclass(frozen=True)
 class _Parent:
     """The making of one sorted parent."""
@@ -242,7 +236,7 @@ class _Parent:
     def make(self, path: Path, experts: dict[int, np.ndarray] | None) -> None:
         start = time.perf_counter()
         ids, held = text_tokens(self.options.text, self.original, self.store)
-        teacher, model = (_loaded(self.original) for _ in range(2))
+        teacher, model = (trainable(self.original) for _ in range(2))
         teacher.requires_grad_(False)
         order = self._order(model, ids, experts)
         sort_model(model, order)
@@ -254,7 +248,7 @@ class _Parent:
         weights.mkdir(parents=True)
         identity_plan = Plan({layer: LayerPlan.identity(count) for layer, count in self.original.experts.items()})
         save(model, self.original, identity_plan, weights)
-        stored = Nested(_loaded(Model("sorted", str(weights))), cuts)
+        stored = Nested(trainable(Model("sorted", str(weights))), cuts)
         after = [self._measure(stored, place, teacher, held) for place in range(len(cuts))]
         about = manifest(model, order, cuts, self.original.digest)
         entries = [

@@ -20,14 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from harness.calibrate import Batches
 from harness.models import layer_index
 from harness.nested import NestedOrder, descending, dims, head_size, sizes
 from harness.nested_masks import hidden_norms, output_projections
-
-NAME = "activations"  # of the experts function, while the pass runs
+from harness.seam import experts_run_through
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,8 @@ def importance(model: PreTrainedModel, batches: Batches) -> Importance:
     """
     dims(model)
     watch = _Watch(model)
-    before = model.config._experts_implementation
     with ExitStack() as stack:
-        ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
-        stack.callback(ALL_EXPERTS_FUNCTIONS._global_mapping.pop, NAME)  # or it would keep the model in memory
-        stack.callback(model.set_experts_implementation, before)
-        model.set_experts_implementation(NAME)
+        stack.enter_context(experts_run_through(model, watch.experts))
         for norm in hidden_norms(model).values():
             stack.callback(norm.register_forward_hook(watch.norm).remove)
         for layer, output in output_projections(model).items():

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from harness.blocks import moe_blocks
-from harness.errors import UserError
 from harness.models import EXPERT_COUNT, layer_index, role
+from harness.seam import experts_run_through
 from harness.search import Kept
 
-NAME = "masked"
 Experts = Callable[[int, nn.Module, Tensor, Tensor, Tensor], Tensor]  # layer, module, hidden, chosen experts, gates
 
 
@@ -67,17 +66,8 @@ def _experts_function(model: PreTrainedModel, function: Experts) -> Iterator[Non
     def forward(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         return function(layer_of[module], module, hidden, index, weight)
 
-    before = model.config._experts_implementation
-    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
-    try:
-        try:
-            model.set_experts_implementation(NAME)
-        except ValueError as error:
-            raise UserError(f"The experts of {type(model).__name__} cannot be masked: {error}") from error
+    with experts_run_through(model, forward):
         yield
-    finally:
-        model.set_experts_implementation(before)
-        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(NAME, None)  # or it would keep the model in memory
 
 
 def _narrow_router(block: nn.Module, layer: int, rows: Tensor, experts: int) -> list[Callable[[], None]]:

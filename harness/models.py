@@ -74,9 +74,9 @@ def role(name: str, shape: Sequence[int], experts: Mapping[int, int]) -> Role:
     return Role("other")
 
 
-def expert_widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """The field of config.json that says how many hidden units an expert has, and how many those are."""
-    return {name: int(config[name]) for name in [n for n in EXPERT_WIDTH if isinstance(config.get(n), int)][:1]}
+def width_field(config: Mapping[str, Any]) -> str | None:
+    """The field of config.json that says how many hidden units an expert has."""
+    return next((name for name in EXPERT_WIDTH if isinstance(config.get(name), int)), None)
 
 
 def layer_index(module_name: str) -> int:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from harness.blocks import moe_blocks
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, layer_index
+from harness.models import EXPERT_COUNT, layer_index, width_field
 
 NORM_MODE = "active"
 AXES = ("experts", "width", "hidden", "heads")
@@ -283,7 +283,7 @@ def sliced_config(model: PreTrainedModel, budget: Budget) -> Any:
     for name in EXPERT_COUNT:
         if getattr(config, name, None) == size["experts"]:
             setattr(config, name, kept["experts"])
-    setattr(config, width_field(config), kept["width"])
+    setattr(config, known_width_field(vars(config)), kept["width"])
     config.head_dim = head_size(model)  # a config may leave it to be hidden size over heads, which it was
     config.hidden_size = kept["hidden"]
     config.num_attention_heads = config.num_attention_heads // size["heads"] * kept["heads"]
@@ -291,10 +291,11 @@ def sliced_config(model: PreTrainedModel, budget: Budget) -> Any:
     return config
 
 
-def width_field(config: Any) -> str:
-    """The field of a config that says how many hidden units a routed expert has."""
-    known = config if isinstance(config, Mapping) else vars(config)
-    return "moe_intermediate_size" if known.get("moe_intermediate_size") is not None else "intermediate_size"
+def known_width_field(config: Mapping[str, Any]) -> str:
+    """As `harness.models.width_field`, of a layout that is known to have one."""
+    field = width_field(config)
+    assert field is not None
+    return field
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import make_layers
 
 from harness import plan as plans
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, expert_widths, layer_index
+from harness.models import EXPERT_COUNT, Model, layer_index, width_field
 from harness.plan import LayerPlan, Plan
 from harness.rewrite import Layout, Rewrite
 
@@ -71,8 +71,8 @@ class PlanLoader(DefaultModelLoader):
         if self.file is not None:
             self.plan = plans.from_json(Path(self.file).read_text())
         self.plan.validate(source.experts, source.top_k)
-        for name, width in expert_widths(source.config).items():
-            setattr(model_config.hf_text_config, name, width)
+        if (field := width_field(source.config)) is not None:
+            setattr(model_config.hf_text_config, field, source.config[field])
         with _counts_while_building(model_config, self.plan):
             model = super().load_model(vllm_config, model_config, prefix)
         for layer, runner in moe_layers(model).items():

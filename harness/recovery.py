@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from harness import depth, distill, lora
 from harness.blocks import compress
 from harness.data import Calibration
-from harness.distill import Recipe
+from harness.distill import Recipe, trainable
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, Model, role
 from harness.plan import Plan
@@ -145,7 +145,7 @@ class Recovery(Recipe):
         self.check_plan(given.plan)
         ids, held = text_tokens(self.text, given.model, given.store)
         with given.store.workspace(f"recovery-{folder.name}") as work:
-            teacher = _in_float32(given.model).requires_grad_(False)
+            teacher = trainable(given.model).requires_grad_(False)
             report = _Trainer(self, given.model, given.plan, teacher, work).run(ids, held, folder)
         return {**report, "seconds": time.perf_counter() - start}
 
@@ -171,13 +171,13 @@ class _Trainer:
         if self.options.progressive:
             first = min(max(1, round(FIRST_STAGE * len(batches))), len(batches) - 1)
             shallower, kept = self._cut(removed[: len(removed) // 2])
-            student = _in_float32(shallower)
+            student = trainable(shallower)
             stages.append(self._train(student, batches, range(first)))
             state = depth.weights_of(student.state_dict(), [kept.index(block) for block in blocks])
             student = self._student(source, plan, state)
         stages.append(self._train(student, batches, range(first, len(batches))))
         save(student, source, plan, folder)
-        after = self._measure(_in_float32(Model(folder.name, str(folder))), held)  # of what was stored
+        after = self._measure(trainable(Model(folder.name, str(folder))), held)  # of what was stored
         return {
             "steps": len(batches),
             "tokens": sum(stage["tokens"] for stage in stages),
@@ -209,7 +209,7 @@ class _Trainer:
 
     def _student(self, source: Model, plan: Plan, weights: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
         """The source, with other weights if they are given, compressed by the plan."""
-        student = _in_float32(source)
+        student = trainable(source)
         if weights is not None:
             student.load_state_dict(weights)
         compress(student, plan.layers)
@@ -265,16 +265,6 @@ def _random_weights(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
-
-
-def _in_float32(model: Model) -> PreTrainedModel:
-    """The model in memory, its experts computed in one grouped product, which trains fast on a CPU too."""
-    loaded = model.load("float32")
-    try:
-        loaded.set_experts_implementation("grouped_mm")
-    except ValueError as error:
-        raise UserError(f"The experts of {type(loaded).__name__} cannot be trained here: {error}") from error
-    return loaded
 
 
 def _one_of(name: str, value: object, possible: tuple[str, ...]) -> None:

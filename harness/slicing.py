@@ -15,7 +15,7 @@ import numpy as np
 from harness import checkpoint, tensors
 from harness.errors import UserError
 from harness.models import Model, role
-from harness.nested import Budget, width_field
+from harness.nested import Budget, known_width_field
 from harness.plan import LayerPlan, Plan
 from harness.rewrite import UNITS_FIRST, UNITS_LAST
 from harness.tensors import Entry, Tensor
@@ -80,7 +80,7 @@ def _prefix(tensor: Tensor, part: str, width: int) -> bytes:
 
 def _patch_config(model: Model, width: int) -> None:
     """Change the width in the text of config.json, and nothing else."""
-    field = width_field(model.config)
+    field = known_width_field(model.config)
     file = model.folder / "config.json"
     patched, times = re.subn(rf'("{field}"\s*:\s*)\d+', rf"\g<1>{width}", file.read_text())
     assert times == 1, f"config.json says {field} {times} times"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from harness.blocks import compress, moe_blocks
 from harness.calibrate import Batches, packed_batches
@@ -21,6 +20,7 @@ from harness.errors import UserError
 from harness.models import Model
 from harness.plan import Plan
 from harness.remake import Remaking, check_even, check_no_copies, check_plain, save, text_tokens
+from harness.seam import experts_run_through
 
 if TYPE_CHECKING:
     from methods import Method
@@ -140,7 +140,7 @@ def input_norms(model: PreTrainedModel, batches: Batches) -> dict[int, InputNorm
     do not go through transformers' experts interface.
     """
     watch = _Watch({block.experts: layer for layer, block in moe_blocks(model).items()})  # type: ignore[misc]
-    with watch.attached(model), torch.no_grad():
+    with experts_run_through(model, watch.forward), torch.no_grad():
         for ids, _ in batches:
             model(input_ids=ids.to(model.device), use_cache=False)
     return watch.seen
@@ -150,17 +150,6 @@ def input_norms(model: PreTrainedModel, batches: Batches) -> dict[int, InputNorm
 class _Watch:
     layer_of: dict[nn.Module, int]
     seen: dict[int, InputNorms] = field(default_factory=dict)
-
-    @contextmanager
-    def attached(self, model: PreTrainedModel) -> Iterator[None]:
-        before = model.config._experts_implementation
-        ALL_EXPERTS_FUNCTIONS.register("inputs_observed", self.forward)
-        try:
-            _use(model, "inputs_observed")
-            yield
-        finally:
-            _use(model, before)
-            ALL_EXPERTS_FUNCTIONS._global_mapping.pop("inputs_observed", None)
 
     def forward(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts function: transformers' own, which sorts (token, expert) pairs by expert before it multiplies."""
@@ -195,13 +184,6 @@ class _Watch:
             seen = self.seen[layer]
             found = InputNorms(*(getattr(seen, name) + getattr(found, name) for name in ("tokens", "inputs", "units")))
         self.seen[layer] = found
-
-
-def _use(model: PreTrainedModel, implementation: str) -> None:
-    try:
-        model.set_experts_implementation(implementation)
-    except ValueError as error:
-        raise UserError(f"The experts of {type(model).__name__} cannot be observed: {error}") from error
 
 
 def _squares(rows: Tensor, expert: Tensor, count: int) -> Tensor:

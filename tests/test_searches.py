@@ -81,6 +81,8 @@ def test_counts_that_two_would_decide_are_refused() -> None:
         (["method=rco", "allocation=evoesap"], "shares out the experts itself"),
         (["method=ream", "allocation=global_score"], "cannot give before it runs"),
         (["method=hybrid", "allocation=evoesap"], "cannot give before it runs"),
+        (["method=rco", "recovery=router"], "one expert count for all layers"),
+        (["method=reap", "allocation=evoesap", "recovery=all"], "one expert count for all layers"),
     ):
         (cell,) = expand(asked).cells
         with pytest.raises(UserError, match=reason):

@@ -39,6 +39,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_recovery_made_is_what_is_exported(tmp_path: Path) -> None:
+    """Trained weights, not the plan's; and a plan in a file takes no recovery."""
+    quick = ["recovery.text.sequences=8", "recovery.text.held_out=1", "calibration.sequences=8", "ratio=0.5"]
+    arguments = ["method=reap", "recovery=router", *quick, f"store={tmp_path / 'store'}"]
+    share.share(one_plan(arguments, None), tmp_path / "trained")
+    share.share(one_plan([*arguments[:1], *arguments[-3:]], None), tmp_path / "plain")
+    trained, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("trained", "plain"))
+    same = {name: torch.equal(value, plain.get_parameter(name)) for name, value in trained.named_parameters()}
+    assert {name for name, equal in same.items() if not equal} == {n for n in same if n.endswith("mlp.gate.weight")}
+    card = (tmp_path / "trained" / "README.md").read_text()
+    assert "REAP + router KD" in card and "bit for bit" not in card
+    with pytest.raises(UserError, match="Leave recovery out"):
+        one_plan(arguments, str(tmp_path / "plain" / "plan.json"))
+
+
 def test_an_export_is_a_checkpoint_with_plan_scores_and_provenance(store: Path, tmp_path: Path) -> None:
     done = run("share", store, *CELL, "calibration.held_out=0", f"to={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr

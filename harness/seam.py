@@ -1,0 +1,46 @@
+"""The one place through which transformers routes every fused experts module, taken over for a while.
+
+``ALL_EXPERTS_FUNCTIONS`` maps names to functions of (experts module, hidden [N, H], chosen experts [N, k], gates
+[N, k]) -> [N, H]. Whoever wants to see or change what experts do registers one there, and gives the place back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from harness.errors import UserError
+
+NAME = "taken_over"
+ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def experts_run_through(model: PreTrainedModel, function: ExpertsFunction) -> Iterator[None]:
+    """Within this context the model's experts are computed by ``function``; afterwards as before, also after an error.
+
+    Raises UserError if the architecture does not use the seam.
+    """
+    before = model.config._experts_implementation
+    ALL_EXPERTS_FUNCTIONS.register(NAME, function)
+    try:
+        use(model, NAME)
+        yield
+    finally:
+        use(model, before)
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(NAME, None)  # or it would keep the model in memory
+
+
+def use(model: PreTrainedModel, implementation: str) -> None:
+    """Compute the model's experts by this registered implementation, such as ``grouped_mm``. Raises UserError."""
+    try:
+        model.set_experts_implementation(implementation)
+    except ValueError as error:
+        raise UserError(
+            f"The experts of {type(model).__name__} do not go through transformers' experts interface, so they can be "
+            f"neither observed nor trained here: {error}"
+        ) from error
