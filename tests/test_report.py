@@ -52,6 +52,7 @@ class FakeCell:
     model: FakeModel = field(default_factory=FakeModel)
     calibration: FakeCalibration = field(default_factory=FakeCalibration)
     routing: str = "actual"
+    recovery: None = None
 
     @property
     def calibrates(self) -> bool:
@@ -72,6 +73,10 @@ class FakeCell:
     @property
     def slug(self) -> str:
         return f"{self.model.name}-{self.label}-{self.ratio}-{self.seed}"
+
+    @property
+    def plan_slug(self) -> str:
+        return self.slug
 
     def identity(self) -> dict[str, Any]:
         return {"slug": self.slug}
