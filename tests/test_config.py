@@ -30,6 +30,7 @@ MORE = {
     ("model", "smol_dense"): ["method=none"],
     ("suite", "code"): [f"data_dir={SHARED / 'data'}"],
     ("suite", "reap_code"): [f"data_dir={SHARED / 'data'}"],
+    ("sweep", "systems"): ["seed=0", "ratio=0.5"],
     ("sweep", "zoo"): ["seed=0", "ratio=0.5"],  # composing each of its 285 cells takes a tenth of a second
     ("sweep", "domains"): ["seed=0"],
 }

@@ -59,6 +59,15 @@ def test_the_zoo_shows_every_method_at_every_ratio() -> None:
         assert all(re.match(r"\d", value) for _, *values in found for value in values)
 
 
+def test_the_systems_are_all_shown_at_both_ratios() -> None:
+    arguments = ["docs/systems.md", "sweep=systems"]
+    _, table, _ = readme.between_markers((ROOT / arguments[0]).read_text(), arguments)
+    scores, *_ = table.strip().split("\n\n")
+    shown = {tuple(part.strip() for part in line.split("|")[2:4]) for line in scores.splitlines()[2:]}
+    cells = expand([arguments[1], "seed=0"]).cells
+    assert shown == {(cell.label, f"{cell.ratio:g}") for cell in cells} and len(shown) == 33
+
+
 def test_a_table_needs_its_markers() -> None:
     with pytest.raises(UserError, match="no place for this table"):
         readme.between_markers("text", ["README.md", "sweep=demo"])
