@@ -124,7 +124,7 @@ def test_rco_is_among_the_best_of_all_plans(seed: int) -> None:
 def test_rco_over_counts_alone_is_near_the_best_of_its_plans(seed: int) -> None:
     search = search_on(seed)
     known = {counts: search.divergence(kept) for counts, kept in allocations(seed).items()}
-    method = RCOCounts(seed=seed, sequences=4, steps=60, lr=0.1, tau_start=1.0, tau_end=0.05, samples=4, check_every=5)
+    method = RCOCounts(seed=seed, sequences=4, steps=40, lr=0.1, tau_start=1.0, tau_end=0.05, samples=4, check_every=5)
     keep = method.keep(statistics(seed), REAP(), BUDGET)
     found = tuple(EXPERTS - keep[layer] for layer in range(LAYERS))
     assert sorted(known.values()).index(known[found]) <= 3, "of 19"

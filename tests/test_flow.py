@@ -35,7 +35,7 @@ def test_ends_with_a_table_a_plot_and_complete_records(
     for record in records:
         assert record["status"] == "done" and record["error"] is None
         assert all(metric["n"] == 6 and 0 <= metric["value"] <= 1 for metric in record["metrics"].values())
-        assert set(record["seconds"]) == {"calibrate", "plan", "export", "serve", "score"}
+        assert set(record["seconds"]) == {"calibrate", "barriers", "plan", "recover", "export", "serve", "score"}
         assert record["provenance"]["versions"]["transformers"]
         assert record["task"] in ("tiny_sums", "tiny_facts", "tiny_code")
         assert record["calibration_tokens"] == (8 * 256 if record["label"] != "uncompressed" else 0)

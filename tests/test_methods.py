@@ -98,7 +98,7 @@ def test_has_one_name_everywhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LOOKING if name not in DRAWN])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000), keep=st.integers(3, 11))
 @example(seed=194, keep=3)
 def test_renaming_the_experts_renames_the_plan(name: str, seed: int, keep: int) -> None:

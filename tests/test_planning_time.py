@@ -18,7 +18,7 @@ from tests.toy import toy_layer
 
 LAYERS, EXPERTS, HIDDEN = 48, 128, 2048
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)
-NEEDS_WEIGHTS = ("hybrid", "ream")
+NEEDS_WEIGHTS = ("hybrid", "rco", "ream")
 
 
 def large_stats() -> Stats:

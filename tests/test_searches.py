@@ -25,7 +25,7 @@ SEARCHES = {
         *("system=evoesap", "allocation.population=5", "allocation.generations=5", "allocation.sequences=4"),
         *("allocation.elites=2",),
     ],
-    "RCO": ["system=rco", "method.steps=12", "method.samples=2", "method.sequences=8", "method.check_every=3"],
+    "RCO": ["system=rco", "method.steps=8", "method.samples=2", "method.sequences=4", "method.check_every=3"],
 }
 
 

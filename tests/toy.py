@@ -98,7 +98,8 @@ class ToyLayer:
         pair = (gate**2 * np.maximum(apart, 0)).mean(0)
         edges = pair[np.triu_indices(self.experts, 1)]
         low = pair <= np.quantile(edges, 0.3)  # few triangles are enough, and quick
-        triangles = [t for t in itertools.combinations(range(self.experts), 3) if low[np.ix_(t, t)].all()]
+        possible = itertools.combinations(range(self.experts), 3) if self.experts < 20 else ()  # of more, too many
+        triangles = [t for t in possible if low[np.ix_(t, t)].all()]
         triples = np.array([self._barrier(list(triangle)) for triangle in triangles])
         found = {
             "pair_barrier": pair,
