@@ -36,7 +36,7 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     handles, names = grid.flat[0].get_legend_handles_labels()
-    entry = 0.55 + 0.07 * max(map(len, names), default=0)  # inches that the longest name takes at this size, with its line
+    entry = 0.55 + 0.07 * max(map(len, names), default=0)  # inches that the longest name takes, with its line
     beside = max(1, min(len(names), 7, int(4.2 * columns / entry)))
     figure.legend(handles, names, loc="outside lower center", ncols=beside, frameon=False, fontsize=9)
     figure.savefig(path, format=suffix, dpi=150)
