@@ -35,7 +35,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness import sums
-from harness.blocks import moe_blocks
+from harness.blocks import expert_counts, moe_blocks
 from harness.calibrate import Batches, Observer
 from harness.errors import StageError, UserError
 from harness.models import layer_index
@@ -78,7 +78,7 @@ def barriers(model: PreTrainedModel, batches: Batches, mode: str = "logit_lens")
 
 
 def _check_affordable(model: PreTrainedModel) -> None:
-    counts = [int(block.experts.num_experts) for block in moe_blocks(model).values()]  # type: ignore[union-attr, arg-type]
+    counts = list(expert_counts(model).values())
     passes = sum(math.comb(count, 2) for count in counts)
     if passes > LARGEST_LM:
         raise UserError(

@@ -26,6 +26,11 @@ def moe_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
+def expert_counts(model: PreTrainedModel) -> dict[int, int]:
+    """Experts of each MoE layer."""
+    return {layer: int(block.experts.num_experts) for layer, block in moe_blocks(model).items()}  # type: ignore[union-attr, arg-type]
+
+
 def compress(model: PreTrainedModel, layers: Mapping[int, LayerPlan]) -> None:
     """Carry a plan out on a model in memory, whose weights are in the type they are stored in, so that merged experts
     are rounded as an export rounds them. Layers without a plan of their own stay as they are.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from harness import sums
@@ -22,7 +23,7 @@ from harness.errors import StageError, UserError
 from harness.models import layer_index
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
-from harness.seam import experts_run_through
+from harness.seam import experts_run_through, hook_routers
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # token ids and attention mask, both int64 [B, T]
@@ -147,24 +148,15 @@ class Observer:
             for hook in hooks:
                 hook.remove()
 
-    def _hook_routers(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        recorder = (getattr(self.model, "_can_record_outputs", None) or {}).get("router_logits")
-        if recorder is None:
-            raise UserError(
-                f"{type(self.model).__name__} does not say where its router logits are, which routing=paper and some "
-                "methods need. Choose routing=actual and a method that reads routed statistics only, such as reap."
-            )
-        target, position = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
-        for module in self.model.modules():
-            if isinstance(module, target):
-                yield module.register_forward_hook(self._logit_hook(position))
+    def _hook_routers(self) -> Iterator[RemovableHandle]:
+        def note(router: nn.Module, logits: Tensor) -> None:
+            self.logits[self.index_of[router]] = logits
 
-    def _logit_hook(self, position: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            logits = output[position] if isinstance(output, tuple) else output
-            self.logits[self.index_of[module]] = logits.reshape(-1, logits.shape[-1])
-
-        return hook
+        needed_by = (
+            "routing=paper and some methods need. Choose routing=actual and a method that reads routed statistics "
+            "only, such as reap."
+        )
+        return hook_routers(self.model, note, needed_by)
 
     def forward(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts function. hidden [N, H], index [N, k] expert ids, weight [N, k] gates; returns [N, H]."""

@@ -93,7 +93,7 @@ def export(model: Model, plan: Plan, folder: Path) -> None:
         if jobs:
             tensors.write(folder / file.name, [job.entry for job in jobs], rewrite.contents(jobs))
         names |= {job.entry.name: file.name for job in jobs}
-    _copy_rest(model.folder, folder)
+    copy_rest(model.folder, folder)
     _patch_config(folder / "config.json", set(model.experts.values()), count)
     if (model.folder / tensors.INDEX).exists():
         total = sum(tensor.nbytes for tensor in tensors_of(folder))
@@ -113,7 +113,7 @@ def tensors_of(folder: Path) -> list[Tensor]:
     return [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in tensors.read_header(file).values()]
 
 
-def _copy_rest(source: Path, target: Path) -> None:
+def copy_rest(source: Path, target: Path) -> None:
     """Config, tokenizer, chat template, licence: every small file but weights and their index."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and file.name != tensors.INDEX:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from harness.tensors import Entry, Tensor
 
 _BLOCK = re.compile(r"^(?P<stack>(?:.*\.)?layers\.)(?P<block>\d+)(?P<rest>\..+)$")
 _SPARSE = ("decoder_sparse_step", "mlp_only_layers")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def blocks_of(model: Model) -> int:
@@ -95,9 +93,7 @@ def cut(model: Model, blocks: Sequence[int], folder: Path) -> Model:
         entries = [Entry(name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in kept.items()]
         tensors.write(folder / file.name, entries, (tensor.read() for tensor in kept.values()))
         names |= dict.fromkeys(kept, file.name)
-    for source in model.folder.iterdir():
-        if source.is_file() and source.suffix not in WEIGHTS and source.name != tensors.INDEX:
-            shutil.copy(source, folder / source.name)
+    checkpoint.copy_rest(model.folder, folder)
     if (model.folder / tensors.INDEX).exists():
         index = {"metadata": {}, "weight_map": dict(sorted(names.items()))}
         (folder / tensors.INDEX).write_text(json.dumps(index, indent=2))
@@ -130,11 +126,8 @@ def weights_of(state: Mapping[str, torch.Tensor], blocks: Sequence[int]) -> dict
 
 def _kept(model: Model, blocks: Sequence[int]) -> dict[Path, dict[str, Tensor]]:
     """The tensors that stay, by the file they are in, under their new names."""
-    files: dict[Path, dict[str, Tensor]] = {}
-    for name, tensor in model.tensors.items():
-        if (new := renumbered(name, blocks)) is not None:
-            files.setdefault(tensor.file, {})[new] = tensor
-    return files
+    names = ((renumbered(name, blocks), tensor) for name, tensor in model.tensors.items())
+    return tensors.by_file({new: tensor for new, tensor in names if new is not None})
 
 
 def changes(model: Model, blocks: Sequence[int]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from harness.blocks import moe_blocks
-from harness.errors import StageError, UserError
+from harness.blocks import expert_counts
+from harness.errors import StageError
 from harness.models import Model, role
-from harness.seam import use
+from harness.seam import hook_routers, use
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # of AdamW, which decays no weight here; the largest norm of a gradient
 MTP = (0.3, 0.1)  # weight of the multi-token heads' loss, first and last
@@ -152,20 +152,9 @@ def mtp_terms(
 @contextmanager
 def router_logits(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Within this context, the list of every router's logits [tokens, E] of the last forward passes; clear it."""
-    recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
-    if recorder is None:
-        raise UserError(
-            f"{type(model).__name__} does not say where its router logits are, which the load-balance loss needs. Set "
-            "recovery.balance=0."
-        )
-    target, position = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
     seen: list[Tensor] = []
-
-    def note(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        logits = output[position] if isinstance(output, tuple) else output
-        seen.append(logits.reshape(-1, logits.shape[-1]))
-
-    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, target)]
+    needed_by = "the load-balance loss needs. Set recovery.balance=0."
+    hooks = list(hook_routers(model, lambda _, logits: seen.append(logits), needed_by))
     try:
         yield seen
     finally:
@@ -296,9 +285,3 @@ def active_parameters(model: PreTrainedModel, top_k: int) -> int:
         elif parameter is not looked_up:
             active += parameter.numel()
     return active
-
-
-def expert_counts(model: PreTrainedModel) -> dict[int, int]:
-    """Experts of each MoE layer of a model in memory."""
-    experts = {layer: block.experts for layer, block in moe_blocks(model).items()}
-    return {layer: int(fused.num_experts) for layer, fused in experts.items()}  # type: ignore[union-attr, arg-type]

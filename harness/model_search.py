@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from harness.blocks import moe_blocks
+from harness.blocks import expert_counts
 from harness.errors import StageError
 from harness.masked import pruned, surviving
 from harness.search import BATCH, Kept
@@ -90,11 +90,11 @@ class ModelSearch:
         tokens: np.ndarray,
         top_k: int,
         read: Callable[[], dict[str, Any] | None],
-        write: Callable[[dict[str, Any]], None],
+        write: Callable[[dict[str, Any]], object],
     ) -> None:
         self.model = model.requires_grad_(False)
         self.top_k = top_k
-        self.experts = {layer: int(block.experts.num_experts) for layer, block in moe_blocks(model).items()}  # type: ignore[union-attr, arg-type]
+        self.experts = expert_counts(model)
         self.parts = [torch.from_numpy(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
         self.spent = Spent()
         self._clock = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from harness import depth, distill, lora
-from harness.blocks import compress
+from harness.blocks import compress, expert_counts
 from harness.data import Calibration
 from harness.distill import Recipe, trainable
 from harness.errors import UserError
@@ -247,7 +247,7 @@ class _Trainer:
 
 def make_trainable(model: PreTrainedModel, parameters: str, rank: int) -> None:
     """Let a gradient reach the router rows; for ``lora`` new adapters too; for ``all`` everything."""
-    experts = distill.expert_counts(model)
+    experts = expert_counts(model)
     for name, weight in model.named_parameters():
         weight.requires_grad_(parameters == "all" or role(name, weight.shape, experts).kind == "router")
     if parameters == "lora":
@@ -257,7 +257,7 @@ def make_trainable(model: PreTrainedModel, parameters: str, rank: int) -> None:
 def _random_weights(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
     """The weights of a new model of this one's shape, as its architecture draws them."""
     config = copy.deepcopy(model.config)
-    left = set(distill.expert_counts(model).values())
+    left = set(expert_counts(model).values())
     assert len(left) == 1, left
     for name in EXPERT_COUNT:
         if hasattr(config.get_text_config(), name):

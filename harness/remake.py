@@ -142,10 +142,7 @@ def save(trained: PreTrainedModel, original: Model, plan: Plan, folder: Path) ->
     exported = Model(folder.name, str(folder)).tensors
     values = on_disk(trained)
     _check_inventory(exported, values)
-    files: dict[Path, dict[str, Tensor]] = {}
-    for name, tensor in exported.items():
-        files.setdefault(tensor.file, {})[name] = tensor
-    for file, old in files.items():
+    for file, old in tensors.by_file(exported).items():
         entries = [Entry(name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in old.items()]
         partial = file.with_name(f".partial-{file.name}")
         tensors.write(partial, entries, _contents(old, values))

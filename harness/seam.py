@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -33,6 +34,28 @@ def experts_run_through(model: PreTrainedModel, function: ExpertsFunction) -> It
     finally:
         use(model, before)
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop(NAME, None)  # or it would keep the model in memory
+
+
+def hook_routers(
+    model: PreTrainedModel, note: Callable[[nn.Module, Tensor], None], needed_by: str
+) -> Iterator[RemovableHandle]:
+    """Hooks that call ``note`` with each router and its raw logits [tokens, E].
+
+    needed_by: who needs them and what else can be done, the end of the message. Raises UserError if the model does not
+    say where they are.
+    """
+    recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    if recorder is None:
+        raise UserError(f"{type(model).__name__} does not say where its router logits are, which {needed_by}")
+    target, position = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
+
+    def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        logits = output[position] if isinstance(output, tuple) else output
+        note(module, logits.reshape(-1, logits.shape[-1]))
+
+    for module in model.modules():
+        if isinstance(module, target):
+            yield module.register_forward_hook(hook)
 
 
 def use(model: PreTrainedModel, implementation: str) -> None:

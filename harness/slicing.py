@@ -45,10 +45,7 @@ def cut(parent: Model, here: Budget, folder: Path) -> None:
 
 def _narrow(model: Model, width: int) -> None:
     """Cut every expert of a checkpoint to its first hidden units, file by file, in place."""
-    files: dict[Path, dict[str, Tensor]] = {}
-    for name, tensor in model.tensors.items():
-        files.setdefault(tensor.file, {})[name] = tensor
-    for file, old in files.items():
+    for file, old in tensors.by_file(model.tensors).items():
         parts = {name: role(name, tensor.shape, model.experts).part for name, tensor in old.items()}
         entries = [_narrowed(name, tensor, parts[name], width) for name, tensor in old.items()]
         partial = file.with_name(f".partial-{file.name}")

@@ -220,13 +220,9 @@ def _search(cell: Cell, sequences: int, searches: dict[int, ModelSearch], store:
             ids[:sequences],
             cell.model.top_k,
             lambda: store.read_json("searches", name),
-            lambda state: _keep_state(state, name, store),
+            lambda state: store.write_json("searches", name, state),
         )
     return searches[sequences]
-
-
-def _keep_state(state: dict[str, Any], name: str, store: Store) -> None:
-    store.write_json("searches", name, state)
 
 
 def _reconstruction(cell: Cell, store: Store) -> Reconstruction:

@@ -49,6 +49,14 @@ class Tensor:
         return b"".join(self.read(row * size, (row + 1) * size) for row in rows)
 
 
+def by_file(tensors: Mapping[str, Tensor]) -> dict[Path, dict[str, Tensor]]:
+    """The same tensors, grouped by the file that holds them."""
+    files: dict[Path, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        files.setdefault(tensor.file, {})[name] = tensor
+    return files
+
+
 def inventory(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder by name, in file order. Reads headers only.
 
