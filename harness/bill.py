@@ -46,10 +46,10 @@ from harness.estimate import (
 )
 from harness.hf import Transformers
 from harness.models import Model, Outlined
+from harness.rows import NOT_RUN
 from harness.serve import VLLM, Server
 from harness.spec import Cell
 from harness.sweep import Sweep
-from harness.tables import NOT_RUN
 
 
 def refusals(cell: Cell, estimate: Estimate | None) -> Iterator[str]:

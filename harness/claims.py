@@ -15,13 +15,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from harness import tables
 from harness.items import Values, matrix, rows_of
 from harness.published import BENCHMARKS
+from harness.rows import CELL, NOT_RUN
 from harness.separation import p_value
 from harness.significance import LEVEL, Difference, difference, holm
 from harness.spec import Row
-from harness.tables import NOT_RUN
 
 PRUNING, MERGING = ("Frequency", "EAN", "REAP"), ("HC-SMoE", "M-SMoE")
 HOLDS, CONTRADICTED, OPEN = "holds", "contradicted", "no difference found"
@@ -223,7 +222,7 @@ def _late_layers(tidy: pd.DataFrame, distortions: Mapping[Row, Mapping[int, floa
     """By the manifold distortion of merged plans, as the paper draws it, and by their reconstruction error."""
     columns = [str(name) for name in tidy if str(name).startswith("reconstruction_layer_")]
     columns.sort(key=lambda name: int(name.rpartition("_")[2]))
-    merged = tidy[tidy["label"].isin(MERGING)].drop_duplicates(tables.CELL)
+    merged = tidy[tidy["label"].isin(MERGING)].drop_duplicates(CELL)
     moved = [[*distortions[row].values()] for row in rows_of(merged) if distortions.get(row)]
     measures = {
         "manifold distortion": np.array(moved),

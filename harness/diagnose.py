@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness import stages
+from harness import gather, stages
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.plan import Plan
@@ -58,7 +58,7 @@ def main() -> int:
     if mode is None or not any(name.endswith(f".{mode}") for name in cell.needs):
         raise UserError(f"{cell.label} reads no merge barriers. Choose method=hodgecover or barrier_merge.")
     cell.check()
-    given = stages.statistics(cell, sweep.store)
+    given = gather.statistics(cell, sweep.store)
     rows: list[Mapping[str, Any]] = list(layers(given, stages.plan(cell, given, sweep.store), mode))
     print(markdown(pd.DataFrame(rows).set_index("layer")))
     return 0

@@ -38,8 +38,9 @@ from harness.nested import (
     sort_model,
     views,
 )
+from harness.packing import packed
 from harness.plan import LayerPlan, Plan
-from harness.remake import Remaking, check_plain, identity, save, text_tokens
+from harness.remake import Remaking, check_plain, identity, save
 from harness.slicing import check_cuttable, cut
 from harness.stats import MEASURES
 from harness.store import Store, key, say
@@ -184,7 +185,7 @@ class Elastic:
         name = key(model=given.model.digest, remake=identity(self), order=order)
         known = given.store.path("elastic", name).exists()
         maker = _Parent(self, given.model, given.store)
-        found = given.store.once("elastic", name, lambda path: maker.make(path, experts))
+        found = given.store.once("elastic", name, lambda path: maker.make(path, experts), given.model.nbytes)
         say("sort", name, "cached" if known else "made")
         return found
 
@@ -235,7 +236,7 @@ class _Parent:
 
     def make(self, path: Path, experts: dict[int, np.ndarray] | None) -> None:
         start = time.perf_counter()
-        ids, held = text_tokens(self.options.text, self.original, self.store)
+        ids, held = packed(self.options.text, self.original, self.store)
         teacher, model = (trainable(self.original) for _ in range(2))
         teacher.requires_grad_(False)
         order = self._order(model, ids, experts)

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from harness import checkpoint, scoring, stages, stats
+from harness import checkpoint, gather, scoring, stages, stats
 from harness import plan as plans
 from harness.absent import absent_data
 from harness.errors import UserError
@@ -26,6 +26,7 @@ from harness.spec import Cell
 from harness.stats import LayerStats, Stats
 from harness.store import Store, key
 from harness.sweep import Sweep
+from harness.thinking import ThinkThenAnswer
 from methods import Method
 from tasks import Task
 
@@ -227,6 +228,8 @@ class Estimate:
         stored = float(model.nbytes)
         if isinstance(serve, VLLM) and serve.how != "mask":
             stored = float(self.size.distinct_bytes if serve.reads_plans else self.size.bytes)
+        if isinstance(serve, ThinkThenAnswer) and not self.plan.is_identity:
+            stored += model.nbytes  # the original answers, in an engine of its own
         return stored * widened(model, serve.dtype)
 
     @property
@@ -254,6 +257,7 @@ class Estimate:
             return 0.0
         model, load = self.cell.model, Load.of(self.left)
         loads = LOADS if self.cell.compresses else LOADS - 1
+        loads += isinstance(self.cell.serve, ThinkThenAnswer) and not self.plan.is_identity
         flops = 2 * active(model) * (load.prompt / PREFILL + self._own_tokens * gpus(model.nbytes) / CALIBRATION)
         seconds = loads * model.nbytes / READING * self.gpus + flops / PEAK_FLOPS
         seconds += load.generated / self.batch * self._step_bytes(load.longest) / (BANDWIDTH * DECODE)
@@ -336,10 +340,7 @@ class Pass:
     @property
     def disk(self) -> int:
         """Bytes of the tokens and of the sums."""
-        width = {**dict.fromkeys(stats.PAIRWISE, self.model.expert_count)}
-        width |= dict.fromkeys(stats.OF_OUTPUTS, self.model.config["hidden_size"])
-        numbers = len(stats.ROUTED) + sum(width.get(name, 1) for name in self.extras)
-        return 8 * (self.tokens + numbers * sum(self.model.experts.values()))
+        return 8 * self.tokens + stats.nbytes(self.extras, self.model.experts, self.model.config["hidden_size"])
 
 
 def passes(sweep: Sweep, estimates: Sequence[Estimate]) -> list[Pass]:
@@ -356,5 +357,5 @@ def passes(sweep: Sweep, estimates: Sequence[Estimate]) -> list[Pass]:
 def _has_statistics(cell: Cell, extras: frozenset[str], store: Store) -> bool:
     if not _is_known(cell, store) or not store.path("tokens", cell.tokens_name).exists():
         return False
-    path = store.path("stats", key(**stages.observed(cell, stages.tokens(cell, store))) + ".safetensors")
+    path = store.path("stats", key(**gather.observed(cell, gather.tokens(cell, store))) + ".safetensors")
     return path.exists() and extras <= stats.load(path).names

@@ -19,10 +19,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from harness import plan as plans
-from harness import stages, tables
+from harness import stages
 from harness.plan import LayerPlan, Plan
 from harness.plot import colours as colours_of
 from harness.plot import named
+from harness.rows import CELL, by_row, complete, first_seed, plan_names, row_names
 from harness.sweep import Sweep
 
 MAPS = 24  # plans whose experts are drawn: more cannot be told apart on a page
@@ -39,7 +40,7 @@ class Figure(NamedTuple):
 
 def of_sweep(sweep: Sweep, tidy: pd.DataFrame) -> Iterator[Figure]:
     """Those that the sweep has something to show in."""
-    done = tables.complete(named(tidy, tables.plan_names(tidy)))
+    done = complete(named(tidy, plan_names(tidy)))
     compressed = done[done["ratio"] > 0]
     if "reconstruction" in compressed and compressed["reconstruction"].notna().any():
         yield Figure(
@@ -68,8 +69,8 @@ def of_sweep(sweep: Sweep, tidy: pd.DataFrame) -> Iterator[Figure]:
             "a quantised checkpoint as a second model shows quantisation beside pruning.",
             lambda suffix, path: _by_size(done, suffix, path),
         )
-    whole = tables.complete(tidy)
-    if "calibration" in tables.row_names(tidy) and tidy["routing"].nunique() <= 2:  # "none" and one way
+    whole = complete(tidy)
+    if "calibration" in row_names(tidy) and tidy["routing"].nunique() <= 2:  # "none" and one way
         yield Figure(
             "Effect of the calibration text",
             "Score in points by calibration text, the mean over seeds; grey: the text is not read or it was not run.",
@@ -89,7 +90,7 @@ def _errors_by_layer(compressed: pd.DataFrame, suffix: str, path: Path) -> None:
     figure, grid = _grid(len(panels))
     colours = colours_of(compressed)
     for axes, (model, ratio) in zip(grid, panels, strict=False):
-        here = compressed[(compressed["model"] == model) & (compressed["ratio"] == ratio)].drop_duplicates(tables.CELL)
+        here = compressed[(compressed["model"] == model) & (compressed["ratio"] == ratio)].drop_duplicates(CELL)
         for label, rows in here.groupby("label", sort=False):
             values = rows[layers].mean()
             axes.plot(numbers, values, marker="o", markersize=3.5, label=label, color=colours[str(label)])
@@ -171,8 +172,8 @@ def _kept(found: Mapping[str, Plan], suffix: str, path: Path) -> None:
 
 def _cost(done: pd.DataFrame, suffix: str, path: Path) -> None:
     names, seconds = [], []
-    for name, group in tables.by_row(done, tables.plan_names(done)):
-        first = tables.first_seed(group)
+    for name, group in by_row(done, plan_names(done)):
+        first = first_seed(group)
         row = first.iloc[0]
         of_stages = [float(row.get(f"seconds_{stage}", 0.0)) for stage in STAGES[:-1]]
         names.append(" ".join(name[1:]) if done["model"].nunique() == 1 else " ".join(name))

@@ -22,9 +22,12 @@ from markupsafe import Markup
 from harness import analyse, analysis_figures, claims, figures, tables
 from harness.analyses import Analysis
 from harness.claims import main_metric
+from harness.cost_tables import stage_times
 from harness.figures import Figure
+from harness.footer import agreement, footer, made_by
 from harness.items import Items, Values, values
 from harness.plot import plot
+from harness.rows import CELL
 from harness.spec import Row
 from harness.sweep import Sweep
 from tasks import Item
@@ -79,12 +82,12 @@ def page(
         problems=problems(read),
         command=f"./bench run {command}",
         page_command=f"./bench table {command}",
-        provenance=f"{tables.stage_times(tidy)}\n{tables.made_by(done)}",
+        provenance=f"{stage_times(tidy)}\n{made_by(done)}",
     )
 
 
 def _summary(tidy: pd.DataFrame) -> str:
-    rows = tidy.drop_duplicates([*tables.CELL, "task"])
+    rows = tidy.drop_duplicates([*CELL, "task"])
     states = {state: int((rows["status"] == state).sum()) for state in ("done", "failed", "not run")}
     counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
     return f"{tidy['label'].nunique()} methods, {tidy['task'].nunique()} tasks, {len(rows)} scores: {counts}."
@@ -99,12 +102,12 @@ def _sections(
     analyses: Mapping[Row, Analysis],
 ) -> Iterator[Section]:
     of_scores = {title: table for title, table in made.items() if title not in ("costs", "serving", "errors")}
-    lines = tables.footer(tidy).splitlines()
+    lines = footer(tidy).splitlines()
     failed = tables.failures(tidy)
     yield Section(
         "scores",
         "Scores",
-        [*lines[:3], *(line for line in [tables.agreement(tidy)] if line), *failed],
+        [*lines[:3], *(line for line in [agreement(tidy)] if line), *failed],
         [_table(table) for table in of_scores.values()],
         list(_drawn([_scores_figure(tidy)] if (tidy["status"] == "done").any() else [])),
     )

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from harness import tables
+from harness.rows import complete, row_names
 from harness.spec import CALIBRATED
 
 
@@ -22,7 +22,7 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
     A line is a method (on one calibration set, where there are several). A point stands for all its seeds or is not
     drawn.
     """
-    done = tables.complete(tidy).assign(label=lambda rows: _lines(tidy)[rows.index])
+    done = complete(tidy).assign(label=lambda rows: _lines(tidy)[rows.index])
     tidy = tidy.assign(label=_lines(tidy))
     panels = list(done[["model", "task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
     labels = [label for label in tidy["label"].unique() if (tidy[tidy["label"] == label]["ratio"] > 0).any()]
@@ -44,7 +44,7 @@ def plot(tidy: pd.DataFrame, suffix: str, path: Path) -> None:
 
 
 def _lines(tidy: pd.DataFrame) -> pd.Series:
-    return named(tidy, tables.row_names(tidy))["label"]
+    return named(tidy, row_names(tidy))["label"]
 
 
 def named(tidy: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

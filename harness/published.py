@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from harness.models import ROOT
-from harness.tables import FAILED, NOT_RUN, plan_names
+from harness.rows import FAILED, NOT_RUN, plan_names
 
 REFERENCE = ROOT / "results" / "reference" / "reap.csv"
 UNPUBLISHED = "no published number"

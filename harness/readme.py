@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from harness import items, separation, tables
 from harness.commandline import refuse_politely
 from harness.errors import UserError
+from harness.footer import footer
 from harness.models import ROOT
 from harness.report import frame
 from harness.sweep import expand
@@ -51,7 +52,7 @@ def main() -> int:
     if "costs" in made:
         made["costs"] = made["costs"][SIZES].join(made.pop("serving")["MB in memory"])
         made.pop("errors", None)  # by layer: on the page
-    table = f"{tables.text(made)}\n\n{tables.footer(tidy)}"
+    table = f"{tables.text(made)}\n\n{footer(tidy)}"
     file.write_text(f"{head}{begin(arguments)}\n{table}\n{END}{tail}")
     return 0
 

@@ -19,8 +19,9 @@ from harness.data import Calibration
 from harness.distill import Recipe, trainable
 from harness.errors import UserError
 from harness.models import EXPERT_COUNT, Model, role
+from harness.packing import packed
 from harness.plan import Plan
-from harness.remake import Remaking, check_even, check_no_copies, check_plain, save, text_tokens
+from harness.remake import Remaking, check_even, check_no_copies, check_plain, save
 
 if TYPE_CHECKING:
     from methods import Method
@@ -143,7 +144,7 @@ class Recovery(Recipe):
         """
         start = time.perf_counter()
         self.check_plan(given.plan)
-        ids, held = text_tokens(self.text, given.model, given.store)
+        ids, held = packed(self.text, given.model, given.store)
         with given.store.workspace(f"recovery-{folder.name}") as work:
             teacher = trainable(given.model).requires_grad_(False)
             report = _Trainer(self, given.model, given.plan, teacher, work).run(ids, held, folder)

@@ -18,8 +18,10 @@ import pandas as pd
 from harness import analyse, bill, figures, items, published, separation, tables
 from harness.commandline import refuse_politely
 from harness.errors import UserError
+from harness.footer import footer
 from harness.page import AGAINST, SEEDS, page
 from harness.plot import plot
+from harness.rows import CELL
 from harness.store import Store
 from harness.sweep import Sweep, expand
 
@@ -34,7 +36,7 @@ def frame(sweep: Sweep) -> pd.DataFrame:
         for task in cell.tasks:
             found = sweep.store.read_json("records", cell.record_name(task))
             rows += _rows({**cell.row._asdict(), "task": task.name, **errors}, found)
-    return pd.DataFrame(rows).drop_duplicates([*tables.CELL, "task", "metric"]).reset_index(drop=True)
+    return pd.DataFrame(rows).drop_duplicates([*CELL, "task", "metric"]).reset_index(drop=True)
 
 
 def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ def show(sweep: Sweep, arguments: Sequence[str]) -> int:
     tidy, read = frame(sweep), items.read(sweep)
     made, tests = summary(tidy, items.values(read))
     print(tables.text(made), end="\n\n")
-    print(tables.footer(tidy))
+    print(footer(tidy))
     for line in tables.failures(tidy):
         print(line)
     for path in write(sweep.store, sweep.name, tidy, made, tests):
@@ -117,7 +119,7 @@ def write(
     store: Store, name: str, tidy: pd.DataFrame, made: Mapping[str, pd.DataFrame], tests: Mapping[str, pd.DataFrame]
 ) -> Iterable[Path]:
     """Markdown, LaTeX (with the tests of significance) and tidy CSV in ``tables/``, the plot in ``figures/``."""
-    yield _file(store, "tables", f"{name}.md", f"{tables.text(made)}\n\n{tables.footer(tidy)}\n")
+    yield _file(store, "tables", f"{name}.md", f"{tables.text(made)}\n\n{footer(tidy)}\n")
     written = [tables.latex(table.reset_index(), title) for title, table in made.items()]
     written += [tables.latex(table, title) for title, table in tests.items() if len(table)]
     yield _file(store, "tables", f"{name}.tex", "\n".join(written))

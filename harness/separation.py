@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from harness import tables
 from harness.items import Values, matrix, rows_of
+from harness.rows import NOT_RUN, by_row, row_names
 from harness.significance import LEVEL, Difference, difference, holm, interval
 
 NO_DIFFERENCE = "no difference found"
@@ -41,7 +41,7 @@ def columns(tidy: pd.DataFrame, known: Values) -> Iterator[Column]:
         ratios: dict[tuple[str, ...], float] = {}
         base = None
         here = tidy[(tidy["model"] == model) & (tidy["task"] == task)]
-        for name, group in tables.by_row(here, tables.row_names(tidy)):
+        for name, group in by_row(here, row_names(tidy)):
             found = matrix(known, rows_of(group), task, metric)
             if found is None:
                 continue
@@ -64,7 +64,7 @@ def against_uncompressed(tidy: pd.DataFrame, known: Values) -> pd.DataFrame:
         for (name, one), p in zip(found.items(), corrected, strict=True):
             lines.append((*name, f"{column.task} {column.metric}", *_cells(one, p, column.higher_is_better)))
     head = ["task", "difference, points (95 %)", "lost", "won", "n", "p", "test", "verdict"]
-    return pd.DataFrame(lines, columns=[*tables.row_names(tidy), *head])
+    return pd.DataFrame(lines, columns=[*row_names(tidy), *head])
 
 
 def _alike(first: np.ndarray, second: np.ndarray) -> bool:
@@ -76,7 +76,7 @@ def _cells(one: Difference, p: float, higher_is_better: bool) -> tuple[str, ...]
     verdict = NO_DIFFERENCE
     if p < LEVEL:
         verdict = "better" if (one.mean > 0) == higher_is_better else "worse"
-    lost, won = (tables.NOT_RUN if value is None else str(value) for value in (one.lost, one.won))
+    lost, won = (NOT_RUN if value is None else str(value) for value in (one.lost, one.won))
     reach = f"{100 * one.mean:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
     return reach, lost, won, str(one.n), p_value(p), one.test, verdict
 
@@ -91,13 +91,13 @@ def over_seeds(tidy: pd.DataFrame) -> pd.DataFrame:
     done = tidy[(tidy["status"] == "done") & (tidy["ratio"] > 0)]
     for (task, metric), part in done.groupby(["task", "metric"], sort=False):
         asked = tidy[tidy["task"] == task]
-        wanted = {name: group["seed"].nunique() for name, group in tables.by_row(asked, tables.row_names(tidy))}
-        for name, group in tables.by_row(part, tables.row_names(tidy)):
+        wanted = {name: group["seed"].nunique() for name, group in by_row(asked, row_names(tidy))}
+        for name, group in by_row(part, row_names(tidy)):
             if len(group) == wanted[name] > 1:
                 low, high = interval(group["value"].tolist())
                 reach = f"{100 * group['value'].mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
                 lines.append((*name, f"{task} {metric}", reach, str(len(group))))
-    return pd.DataFrame(lines, columns=[*tables.row_names(tidy), "task", "mean, points (95 % over seeds)", "seeds"])
+    return pd.DataFrame(lines, columns=[*row_names(tidy), "task", "mean, points (95 % over seeds)", "seeds"])
 
 
 def best(tidy: pd.DataFrame, known: Values) -> set[tuple[tuple[str, ...], str, str]]:

@@ -1,8 +1,7 @@
-"""From model and text to the plan: the stages of one cell, each found in the store or made there."""
+"""From statistics to the weights that are served: a cell's stages, each found in the store or made there."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import time
@@ -12,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness import checkpoint, gather, stats
 from harness import plan as plans
-from harness import stats
 from harness.decide import allocate, decide, decide_in_sequence
 from harness.errors import UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
-from harness.spec import BARRIER_SCHEMA, ERRORS_SCHEMA, STATS_SCHEMA, Cell, method_identity
-from harness.stats import LayerStats, Stats
+from harness.spec import ERRORS_SCHEMA, Cell, method_identity
+from harness.stats import Stats
 from harness.store import Store, key, say
 from methods import SequentialMethod
 from methods.allocations import Budget
@@ -29,122 +28,6 @@ if TYPE_CHECKING:
     from harness.model_search import ModelSearch
     from harness.probe import Expected
     from harness.reconstruct import Reconstruction
-
-
-def tokens(cell: Cell, store: Store) -> np.ndarray:
-    """Packed calibration tokens [sequences, length], for statistics."""
-    return _all_tokens(cell, store)[: cell.calibration.sequences]
-
-
-def held_out_tokens(cell: Cell, store: Store) -> np.ndarray:
-    """Tokens [held_out, length] of the same kind of text that no statistic sees."""
-    return _all_tokens(cell, store)[cell.calibration.sequences :]
-
-
-def _all_tokens(cell: Cell, store: Store) -> np.ndarray:
-    from safetensors.numpy import load_file, save_file
-
-    name = cell.tokens_name
-    path = store.once("tokens", name, lambda path: save_file({"tokens": cell.calibration.tokens(cell.model)}, path))
-    return load_file(path)["tokens"]
-
-
-def observed(cell: Cell, ids: np.ndarray) -> dict[str, Any]:
-    """What determines whatever a pass of the model over these tokens finds: the fields of its key."""
-    return {"model": cell.model.digest, "tokens": hashlib.sha256(ids.tobytes()).hexdigest(), **cell.observed_how()}
-
-
-def statistics(cell: Cell, store: Store) -> Stats:
-    """Every sum the method needs, of the calibration text and of the weights; at the least the layers' sizes."""
-    found = Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})
-    if cell.needs & set(stats.WEIGHTS):
-        found = found.joined(_weight_sums(cell, store))
-    for mode in stats.BARRIER_MODES:
-        if cell.needs & {f"{name}.{mode}" for name in stats.BARRIER_SUMS}:
-            found = found.joined(_barrier_sums(cell, mode, store))
-    if cell.in_sequence:  # gathers its own, layer by layer, when it plans
-        number = cell.calibration.sequences * cell.calibration.length
-        return replace(found, provenance={"number_of_tokens": number})
-    return found.joined(_calibration_sums(cell, store)) if cell.calibrates else found
-
-
-def _weight_sums(cell: Cell, store: Store) -> Stats:
-    from harness.weights import weight_sums
-
-    name = key(model=cell.model.digest, schema=STATS_SCHEMA) + ".safetensors"
-    return stats.load(store.once("weights", name, lambda path: stats.save(weight_sums(cell.model), path)))
-
-
-def _barrier_sums(cell: Cell, mode: str, store: Store) -> Stats:
-    """On the first of the calibration tokens: merging in pairs costs a model's evaluation for each pair."""
-    from harness.barriers import TOKENS, barriers
-    from harness.calibrate import packed_batches
-
-    ids = tokens(cell, store)
-    ids = ids[: max(1, TOKENS // ids.shape[1])]
-    name = key(**{**observed(cell, ids), "schema": BARRIER_SCHEMA, "mode": mode}) + ".safetensors"
-
-    def make(path: Path) -> None:
-        start = time.perf_counter()
-        model = cell.model.load(cell.calibration.dtype)
-        made = barriers(model, packed_batches(ids, cell.calibration.batch_size), mode)
-        seconds = time.perf_counter() - start
-        stats.save(replace(made, provenance={"seconds_barriers": seconds}), path)
-        say("barriers", name, f"{seconds:.1f} s, {ids.size} tokens, {mode}")
-
-    return stats.load(store.once("barriers", name, make))
-
-
-def _calibration_sums(cell: Cell, store: Store) -> Stats:
-    ids = tokens(cell, store)
-    fields = observed(cell, ids)
-    name = key(**fields) + ".safetensors"
-    path = store.path("stats", name)
-    with store.locked("stats", name):
-        known = stats.load(path).names & set(stats.EXTRAS) if path.exists() else frozenset()
-        if path.exists() and cell.extras <= known:
-            say("calibrate", name, "cached")
-        else:
-            made = _gather(cell, ids, frozenset(known), fields)
-            store.put("stats", name, lambda path: stats.save(made, path))
-            say("calibrate", name, f"{made.provenance['seconds']:.1f} s, {ids.size} tokens")
-    return stats.load(path)
-
-
-def _gather(cell: Cell, ids: np.ndarray, known: frozenset[str], fields: dict[str, Any]) -> Stats:
-    """One pass for all methods of the sweep; if the model cannot give what another asks for, for this one alone.
-
-    known: extras that an earlier pass has gathered, which are gathered again so that nothing is lost.
-    """
-    try:
-        return _calibrate(cell, ids, cell.extras | known, fields)
-    except UserError:
-        own = cell.needs & set(stats.EXTRAS)
-        if own == cell.extras:
-            raise
-        return _calibrate(cell, ids, own | known, fields)
-
-
-def _calibrate(cell: Cell, ids: np.ndarray, extras: frozenset[str], fields: dict[str, Any]) -> Stats:
-    from tqdm import tqdm
-
-    from harness.calibrate import calibrate, packed_batches
-    from harness.memory import forget_peak, peak
-
-    forget_peak()
-    start = time.perf_counter()
-    model = cell.model.load(cell.calibration.dtype)
-    batch_size = cell.calibration.batch_size
-    batches = tqdm(packed_batches(ids, batch_size), "calibrate", -(-len(ids) // batch_size), leave=False)
-    made = calibrate(model, batches, extras, cell.routing)
-    about = {
-        **fields,
-        "seconds": time.perf_counter() - start,
-        "peak_memory": peak(),
-        "number_of_tokens": int(ids.size),
-        **provenance(),
-    }
-    return Stats(made.layers, about)
 
 
 def plan_file(cell: Cell, store: Store) -> Path:
@@ -190,7 +73,7 @@ def _decide(cell: Cell, given: Stats, searches: dict[int, ModelSearch], store: S
     if isinstance(cell.method, SequentialMethod):
         from harness.calibrate import packed_batches
 
-        ids = tokens(cell, store)
+        ids = gather.tokens(cell, store)
         batches = list(packed_batches(ids, cell.calibration.batch_size))
         model = cell.model.load(cell.calibration.dtype)
         own = cell.method.needs & set(stats.EXTRAS)
@@ -207,7 +90,7 @@ def _search(cell: Cell, sequences: int, searches: dict[int, ModelSearch], store:
     """The model on the first sequences of the calibration text; what an interrupted search left is found again."""
     from harness.model_search import ModelSearch
 
-    ids = tokens(cell, store)
+    ids = gather.tokens(cell, store)
     if not 1 <= sequences <= len(ids):
         raise UserError(
             f"{cell.label} searches on {sequences} sequences, and calibration {cell.calibration.name!r} has {len(ids)}."
@@ -229,7 +112,7 @@ def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
     from harness.calibrate import packed_batches
     from harness.reconstruct import Reconstruction
 
-    ids = held_out_tokens(cell, store)
+    ids = gather.held_out_tokens(cell, store)
     model = cell.model.load(cell.calibration.dtype)
     return Reconstruction(model, packed_batches(ids, cell.calibration.batch_size))
 
@@ -254,7 +137,7 @@ def remade(cell: Cell, given: Stats, made: Plan, store: Store) -> Path | None:
         report = cell.recovery.remake(asked, path)
         (path / REPORT).write_text(json.dumps({"seconds": time.perf_counter() - start, **report}, allow_nan=False))
 
-    store.once("remade", folder.name, make)
+    store.once("remade", folder.name, make, checkpoint.measure(cell.model, made).bytes)
     report = remake_report(folder)
     say("recover", cell.slug, "cached" if cached else f"{report['seconds']:.1f} s, {report.get('tokens', 0)} tokens")
     return folder

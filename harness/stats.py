@@ -7,7 +7,7 @@ shards, machines and "512 more samples" are ``a + b``, and a mean of batch means
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,15 @@ class Stats:
             for name, value in layer.sums.items():
                 if not np.isfinite(value).all():
                     raise StageError(f"Statistics: {name} of layer {index} is not finite. Calibrate again in float32.")
+
+
+def nbytes(extras: Iterable[str], layers: Mapping[int, int], hidden: int) -> int:
+    """Size of a calibration pass's sums: the routed ones and ``extras``, for layers of so many experts."""
+    names = [*ROUTED, *extras]
+    width = dict.fromkeys(OF_OUTPUTS, hidden)
+    return 8 * sum(
+        count * (count if name in PAIRWISE else width.get(name, 1)) for name in names for count in layers.values()
+    )
 
 
 def save(stats: Stats, path: Path) -> None:

@@ -1,22 +1,31 @@
 """Where results live: content-addressed files, made once, never half-written.
 
 The name of a file is a hash of everything that determined it, so "have I done this?" is "does the file exist?". That is
-what makes a sweep resumable: the same command again finds what is there.
+what makes a sweep resumable: the same command again finds what is there. Many processes may share a store, on one
+machine or on several: each thing is made by one of them.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+import psutil
+from filelock import SoftFileLease, Timeout
+
+from harness.errors import DiskFullError
+
+LEASE_S = 120  # how long a holder of a name may say nothing before another takes over
+RESERVE_BYTES = 2**20  # kept free for what is written after a stage: records, tables, locks
 
 
 def key(**fields: Any) -> str:
@@ -34,52 +43,108 @@ class Store:
     def path(self, kind: str, name: str) -> Path:
         return self.root / kind / name
 
-    def once(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
-        """The file or folder of this name, made if it is missing. Two processes that ask for it do the work once."""
+    def once(self, kind: str, name: str, make: Callable[[Path], None], nbytes: float = 0) -> Path:
+        """The file or folder of this name, made if it is missing. Two processes that ask for it do the work once.
+
+        nbytes: of what will be made, where that is known. Raises DiskFullError, before the work if it cannot fit.
+        """
         path = self.path(kind, name)
         if not path.exists():
             with self.locked(kind, name):
                 if not path.exists():
-                    self._put(path, path.with_name(f".partial-{name}"), make)  # a kill's leavings go with the next try
+                    self.put(kind, name, make, nbytes)
         return path
 
-    def put(self, kind: str, name: str, make: Callable[[Path], None]) -> Path:
-        """Write or replace: ``make`` fills a temporary path that takes the name's place in one rename."""
+    def put(self, kind: str, name: str, make: Callable[[Path], None], nbytes: float = 0) -> Path:
+        """Write or replace: ``make`` fills a temporary path that takes the name's place in one rename.
+
+        nbytes: of what will be made, where that is known. Raises DiskFullError, before the work if it cannot fit.
+        """
         path = self.path(kind, name)
-        return self._put(path, path.with_name(f".{os.getpid()}-{name}"), make)
-
-    def _put(self, path: Path, temporary: Path, make: Callable[[Path], None]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        try:
-            make(temporary)
-            _sync(temporary)
-            if temporary.is_dir():
-                remove(path)
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
+        with self._writing(kind, nbytes):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{_own()}{name}")
             remove(temporary)
+            try:
+                make(temporary)
+                _sync(temporary)
+                if temporary.is_dir():
+                    remove(path)
+                temporary.replace(path)
+                _sync(path.parent)
+            finally:
+                remove(temporary)
         return path
+
+    @contextmanager
+    def _writing(self, kind: str, nbytes: float) -> Iterator[None]:
+        """Where something is written that takes so many bytes: a full disk is said with what was needed."""
+        if nbytes and self.free() < nbytes + RESERVE_BYTES:
+            raise DiskFullError(self._full(kind, nbytes))
+        try:
+            yield
+        except Exception as problem:
+            # Libraries turn the error of the system into one of their own that only quotes it.
+            if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(problem):
+                raise DiskFullError(self._full(kind, nbytes)) from problem
+            raise
+
+    def _full(self, kind: str, nbytes: float) -> str:
+        needed = f"{_size(nbytes)} and {_size(RESERVE_BYTES)} of reserve" if nbytes else "more than that"
+        return (
+            f"The disk is full: {kind} in {self.root} needs {needed}, and {_size(self.free())} are free. Nothing "
+            "half-written is kept; free some space and give the same command again."
+        )
+
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        existing = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
+        return shutil.disk_usage(existing).free
 
     @contextmanager
     def workspace(self, name: str) -> Iterator[Path]:
-        """An empty folder to work in, gone afterwards; what a kill leaves goes with the next try."""
-        path = self.path("work", name)
-        remove(path)
-        path.mkdir(parents=True)
-        try:
-            yield path
-        finally:
+        """An empty folder to work in, gone afterwards."""
+        path = self.path("work", f"{_own()}{name}")
+        with self._writing("work", 0):
             remove(path)
+            path.mkdir(parents=True)
+            try:
+                yield path
+            finally:
+                remove(path)
 
     @contextmanager
     def locked(self, kind: str, name: str) -> Iterator[None]:
-        """Hold this name against other processes; the lock goes with the process that holds it."""
-        folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{kind}-{name}.lock"):
+        """Hold this name against other processes, waiting for the one that holds it.
+
+        The holder gives signs of life. One that is gone is replaced: at once if it was killed on this machine, else
+        after `LEASE_S`. One that was merely stopped for so long goes on beside its replacement: both make the same
+        thing, the later rename stands.
+        """
+        with self._lease(kind, name):
             yield
+
+    @contextmanager
+    def claimed(self, kind: str, name: str) -> Iterator[bool]:
+        """Hold this name if nobody else does; whether it is held."""
+        try:
+            with self._lease(kind, name).acquire(blocking=False):
+                yield True
+        except Timeout:
+            yield False
+
+    def _lease(self, kind: str, name: str) -> SoftFileLease:
+        folder = self.root / "locks"
+        with self._writing("locks", 0):
+            folder.mkdir(parents=True, exist_ok=True)
+        return SoftFileLease(folder / f"{kind}-{name}.lock", lease_duration=LEASE_S)
+
+    def sweep_out(self) -> None:
+        """Remove what processes of this machine that no longer run have left half-written."""
+        for path in self.root.glob(f"*/.{_host()}-*"):
+            pid = path.name.split("-")[1]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                remove(path)
 
     def write_json(self, kind: str, name: str, document: dict[str, Any]) -> Path:
         """Write or replace a JSON document, atomically. Values that are not finite are refused."""
@@ -99,6 +164,19 @@ class Store:
         return json.loads(path.read_text()) if path.exists() else None
 
 
+def _own() -> str:
+    """How names of temporary things of this process begin; hidden, so that nobody takes them for results."""
+    return f".{_host()}-{os.getpid()}-"
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -110,7 +188,7 @@ def _sync(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there. A folder loses its name first: half of it is never found under it."""
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{os.getpid()}-doomed-{path.name}")
+        doomed = path.with_name(f"{_own()}doomed-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
     else:

@@ -18,8 +18,9 @@ from harness.calibrate import Batches, packed_batches
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.models import Model
+from harness.packing import packed
 from harness.plan import Plan
-from harness.remake import Remaking, check_even, check_no_copies, check_plain, save, text_tokens
+from harness.remake import Remaking, check_even, check_no_copies, check_plain, save
 from harness.seam import experts_run_through
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Wanda:
         check_even(given.plan)
         check_no_copies(given.plan, "Wanda")
         share = self.share_after(given.plan)
-        ids, _ = text_tokens(self.text, given.model, given.store)
+        ids, _ = packed(self.text, given.model, given.store)
         model = given.model.load("float32")
         compress(model, given.plan.layers)
         norms = input_norms(model, packed_batches(ids, self.text.batch_size))

@@ -20,7 +20,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from transformers import AutoTokenizer
 
-from harness import analyse, analysis_figures, scoring, stages
+from harness import analyse, analysis_figures, gather, scoring, stages
 from harness.analyses import (
     Analysis,
     Texts,
@@ -390,7 +390,7 @@ def prepared(store: Path) -> Sweep:
     """Plans of the sweep; of each row a score on tiny_sums, four answers, one of them empty, and one on tiny_facts."""
     sweep = expand([*COMMAND, f"store={store}"])
     for cell in (replace(cell, collect=frozenset(sweep.extras)) for cell in sweep.cells):
-        stages.plan(cell, stages.statistics(cell, sweep.store), sweep.store)
+        stages.plan(cell, gather.statistics(cell, sweep.store), sweep.store)
         said = ANSWERS[cell.label]
         rows = [sample(place, responses=[[answer]]) for place, answer in enumerate([said, said * 2, "", "48 48"])]
         chosen = [sample(0, choices=[" tea", " broth"], responses=[[[-1.0, True]], [[-2.0, False]]], target=0)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from harness import bill, checkpoint, estimate, run, stages
+from harness import bill, checkpoint, estimate, gather, run, stages
 from harness.build import build
 from harness.estimate import Estimate, Load, expected_plan
 from harness.models import ROOT, Model, Outlined
@@ -102,7 +102,7 @@ def test_expected_plans_are_as_large_as_the_methods_own(tmp_path: Path) -> None:
     )
     for cell in sweep.cells:
         cell = replace(cell, collect=frozenset(sweep.extras))
-        made = stages.plan(cell, stages.statistics(cell, sweep.store), sweep.store)
+        made = stages.plan(cell, gather.statistics(cell, sweep.store), sweep.store)
         real, guessed = (checkpoint.measure(cell.model, plan) for plan in (made, expected_plan(cell)))
         assert guessed.distinct_bytes == pytest.approx(real.distinct_bytes, rel=1e-3)
         assert guessed.bytes == pytest.approx(real.bytes, rel=1e-3)
@@ -261,7 +261,7 @@ def test_what_the_store_has_is_not_paid_again(tmp_path: Path, monkeypatch, capsy
     assert not (tmp_path / "store").exists() and "0 of 2" in before
     sweep = expand(asked)
     cell = sweep.cells[0]
-    stages.plan(cell, stages.statistics(cell, sweep.store), sweep.store)
+    stages.plan(cell, gather.statistics(cell, sweep.store), sweep.store)
     sweep.store.write_json("records", cell.record_name(cell.tasks[0]), {"status": "done"})
     files = sorted(sweep.store.root.rglob("*"))
     after = printed(asked, monkeypatch, capsys)

@@ -11,7 +11,7 @@ import pytest
 from harness import published
 from harness.models import ROOT
 from harness.published import BENCHMARKS, CHOICE, UNPUBLISHED, compare, reference
-from harness.tables import FAILED, NOT_RUN
+from harness.rows import FAILED, NOT_RUN
 from tests.conftest import needs_shared
 
 COLUMNS = ("paper_version", "table", "model", "method", "ratio", "calibration", "benchmark", "metric", "value", "std")

@@ -23,9 +23,10 @@ from harness.calibrate import calibrate, packed_batches
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.models import Model
+from harness.packing import packed
 from harness.plan import LayerPlan, Plan
 from harness.recovery import Recovery
-from harness.remake import Remaking, identity, on_disk, save, text_tokens
+from harness.remake import Remaking, identity, on_disk, save
 from harness.rewrite import decoded
 from harness.stats import Stats
 from harness.store import Store
@@ -495,7 +496,7 @@ def test_every_file_of_options_fits_the_embedded_model() -> None:
 
 
 def test_the_text_of_the_embedded_model_is_as_long_as_it_says(tmp_path: Path) -> None:
-    ids, held = text_tokens(options("all").text, Model("tiny", "tasks/tiny/model"), Store(tmp_path))
+    ids, held = packed(options("all").text, Model("tiny", "tasks/tiny/model"), Store(tmp_path))
     assert (ids.shape, held.shape) == ((128, 256), (16, 256))
 
 

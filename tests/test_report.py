@@ -13,6 +13,9 @@ import pandas as pd
 import pytest
 
 from harness import plot, report, scoring, tables
+from harness.cost_tables import STAGES, costs, errors
+from harness.footer import agreement, footer
+from harness.rows import FAILED, NOT_RUN
 from harness.spec import Cell, Row
 from harness.store import Store
 from harness.sweep import Sweep
@@ -97,7 +100,7 @@ def write_record(store: Store, cell: FakeCell, task: FakeTask, value: float | No
         "error": "Traceback\nStageError: the server died" if value is None else None,
         "original": {"parameters": 100, "bytes": 8_000_000},
         "size": {"experts": 6, "distinct": 6.0, "parameters": 75, "bytes": 6_000_000, "distinct_bytes": 6_000_000},
-        "seconds": dict.fromkeys(tables.STAGES, 1.25),
+        "seconds": dict.fromkeys(STAGES, 1.25),
         "provenance": {"commit": "abc", "changed": False, "versions": {"torch": "2"}, "processor": "cpu", "cores": 2},
     }
     if value is not None:
@@ -140,7 +143,7 @@ def test_scores_show_value_error_and_difference(tmp_path: Path) -> None:
 def test_failed_and_absent_cells_are_shown_as_such(tmp_path: Path) -> None:
     sweep = filled(tmp_path)
     table = tables.scores(report.frame(sweep))
-    assert table.loc[("toy", "EAN", "0.25")].tolist() == [tables.FAILED, tables.NOT_RUN]
+    assert table.loc[("toy", "EAN", "0.25")].tolist() == [FAILED, NOT_RUN]
     assert tables.failures(report.frame(sweep)) == ["✗ EAN ratio=0.25 sums: StageError: the server died"]
 
 
@@ -193,7 +196,7 @@ def test_a_sweep_over_calibration_sets_has_a_column_for_them(tmp_path: Path) -> 
         ("toy", "REAP", "facts", "0.5"): "20.0 ± 2.0 (-70.0)",
         ("toy", "random", "none", "0.5"): "10.0 ± 2.0 (-80.0)",
     }
-    assert len(tables.costs(report.frame(sweep))) == 4
+    assert len(costs(report.frame(sweep))) == 4
     assert set(plot._lines(report.frame(sweep))) == {"uncompressed", "REAP on code", "REAP on facts", "random"}
 
 
@@ -239,7 +242,7 @@ def test_files_are_written_and_readable(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_costs_name_what_a_size_counts(tmp_path: Path) -> None:
-    row = tables.costs(report.frame(filled(tmp_path))).loc[("toy", "REAP", "0.25")]
+    row = costs(report.frame(filled(tmp_path))).loc[("toy", "REAP", "0.25")]
     assert row["experts written per layer"] == "6"
     assert row["MB before"] == "8.00" and row["MB written"] == "6.00"
     assert row["score s"] == "2.5", "summed over the two tasks"
@@ -257,11 +260,11 @@ def test_errors_are_shown_for_each_layer_and_averaged_over_seeds(tmp_path: Path)
             write_record(sweep.store, cell, task, 0.5)
     write_errors(sweep.store, cells[1], 0.1, 0.3)
     write_errors(sweep.store, cells[2], 0.2, 0.6)
-    table = tables.errors(report.frame(sweep))
+    table = errors(report.frame(sweep))
     assert table.index.tolist() == [("toy", "REAP", "0.25")], "nothing is said where nothing was measured"
     assert table.iloc[0].to_dict() == {"mean error": "0.3000", "layer 0": "0.1500", "layer 1": "0.4500"}
     write_record(sweep.store, cells[2], cells[2].tasks[0], None)
-    assert tables.errors(report.frame(sweep)).iloc[0, 0] == "0.3000", "a seed counts once, whatever it has scored"
+    assert errors(report.frame(sweep)).iloc[0, 0] == "0.3000", "a seed counts once, whatever it has scored"
 
 
 def by_ratio_sweep(tmp_path: Path) -> Sweep:
@@ -288,17 +291,17 @@ def test_many_ratios_stand_side_by_side(tmp_path: Path) -> None:
     sums, facts, wrong = made.values()
     assert sums.columns.tolist() == ["0.125", "0.25", "0.5"]
     assert sums.loc[("toy", "REAP")].tolist() == ["90.0 ± 2.0", "80.0 ± 2.0", "70.0 ± 2.0"]
-    assert facts.loc[("toy", "EAN")].tolist() == ["60.0 ± 2.0", tables.FAILED, "40.0 ± 2.0"]
+    assert facts.loc[("toy", "EAN")].tolist() == ["60.0 ± 2.0", FAILED, "40.0 ± 2.0"]
     assert wrong.loc[("toy", "EAN")].tolist() == ["0.0400", "0.0500", "0.0600"]
     assert sums.index.tolist() == [("toy", "REAP"), ("toy", "EAN")], "in the order of the sweep"
     text = tables.text(made)
     assert all(f"**{title}**\n\n| model" in text for title in made), "each says what it shows"
-    assert "MB written" not in tables.footer(report.frame(by_ratio_sweep(tmp_path)))
+    assert "MB written" not in footer(report.frame(by_ratio_sweep(tmp_path)))
 
 
 def test_the_error_is_compared_with_the_score_within_each_ratio(tmp_path: Path) -> None:
-    assert "sums acc -1.00" in tables.agreement(report.frame(by_ratio_sweep(tmp_path)))
-    assert tables.agreement(report.frame(filled(tmp_path / "few"))) == ""
+    assert "sums acc -1.00" in agreement(report.frame(by_ratio_sweep(tmp_path)))
+    assert agreement(report.frame(filled(tmp_path / "few"))) == ""
 
 
 def test_models_are_not_mixed_when_errors_are_compared_with_scores(tmp_path: Path) -> None:
@@ -312,8 +315,8 @@ def test_models_are_not_mixed_when_errors_are_compared_with_scores(tmp_path: Pat
                 write_record(sweep.store, cell, cell.tasks[0], base - 0.01 * place)
                 write_errors(sweep.store, cell, base + 0.01 * place)
     tidy = report.frame(sweep_of(tmp_path, cells))
-    assert "sums acc -1.00" in tables.agreement(tidy)
-    assert tables.agreement(tidy.assign(value=0.5)) == "", "of equal scores no order can be told"
+    assert "sums acc -1.00" in agreement(tidy)
+    assert agreement(tidy.assign(value=0.5)) == "", "of equal scores no order can be told"
 
 
 def test_an_experiment_that_calibrates_for_each_task_has_one_row_for_its_scores(tmp_path: Path) -> None:
@@ -327,4 +330,4 @@ def test_an_experiment_that_calibrates_for_each_task_has_one_row_for_its_scores(
     assert tables.scores(tidy).to_dict("index") == {
         ("toy", "REAP", "0.5"): {"code acc (n=300)": "50.0 ± 2.0", "facts acc (n=300)": "20.0 ± 2.0"}
     }
-    assert tables.costs(tidy).index.tolist() == [("toy", "REAP", "code", "0.5"), ("toy", "REAP", "facts", "0.5")]
+    assert costs(tidy).index.tolist() == [("toy", "REAP", "code", "0.5"), ("toy", "REAP", "facts", "0.5")]

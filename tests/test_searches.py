@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import stages
+from harness import gather, stages
 from harness.errors import UserError
 from harness.models import ROOT
 from harness.plan import Plan
@@ -35,7 +35,7 @@ def arguments(name: str, store: Path) -> list[str]:
 
 def planned(name: str, store: Path) -> Plan:
     (cell,) = expand(arguments(name, store)).cells
-    return stages.plan(cell, stages.statistics(cell, Store(store)), Store(store))
+    return stages.plan(cell, gather.statistics(cell, Store(store)), Store(store))
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -65,7 +65,7 @@ def test_a_killed_search_ends_as_an_uninterrupted_one(name: str, tmp_path: Path)
 def test_more_text_than_there_is_cannot_be_searched_on(tmp_path: Path) -> None:
     (cell,) = expand([*arguments("EvoESAP", tmp_path), "allocation.sequences=9"]).cells
     with pytest.raises(UserError, match="searches on 9 sequences, and calibration 'tiny' has 8"):
-        stages.plan(cell, stages.statistics(cell, Store(tmp_path)), Store(tmp_path))
+        stages.plan(cell, gather.statistics(cell, Store(tmp_path)), Store(tmp_path))
 
 
 def test_what_merges_cannot_be_masked(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_merges_cannot_be_masked(tmp_path: Path) -> None:
         ["method=hc_smoe", "allocation=evoesap", *SMALL, "allocation.sequences=4", f"store={tmp_path}"]
     ).cells
     with pytest.raises(UserError, match="HCSMoE merges experts"):
-        stages.plan(cell, stages.statistics(cell, Store(tmp_path)), Store(tmp_path))
+        stages.plan(cell, gather.statistics(cell, Store(tmp_path)), Store(tmp_path))
 
 
 def test_counts_that_two_would_decide_are_refused() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import scoring, stages
+from harness import gather, scoring, stages
 from harness.errors import StageError, UserError
 from harness.spec import Cell
 from harness.stats import EXTRAS
@@ -23,7 +23,7 @@ def cells(store: Path, *overrides: str) -> dict[str, Cell]:
 
 
 def planned(cell: Cell, store: Store):
-    given = stages.statistics(cell, store)
+    given = gather.statistics(cell, store)
     made = stages.plan(cell, given, store)
     stages.reconstruct(cell, made, store)
     return made
@@ -107,7 +107,7 @@ def test_a_failure_does_not_replace_a_finished_record(tmp_path: Path) -> None:
 
 def test_statistics_that_are_not_finite_make_no_plan(tmp_path: Path) -> None:
     (cell,) = cells(tmp_path, "method=reap").values()
-    given = stages.statistics(cell, Store(tmp_path))
+    given = gather.statistics(cell, Store(tmp_path))
     given.layers[2].sums["gate_norm"][7] = np.inf
     with pytest.raises(StageError, match="gate_norm of layer 2"):
         stages.plan(cell, given, Store(tmp_path))
