@@ -9,14 +9,17 @@ but no serving framework hands them over.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import httpx
 
 from harness.errors import UserError
 from tasks import LLM
 from tasks.completions import Completion, complete
 
-END = "</think>"
+COUNTS = ("thoughts", "thought_tokens", "thoughts_cut")  # how many, their tokens, and how many the cap cut
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,33 @@ def think_then_answer(
 ) -> list[Phases]:
     """Greedy completions in the order of ``prompts``, in two phases: all thoughts, then all answers.
 
-    end: what closes a thought (`END` for most models that think). A thought that reaches ``cap`` tokens is closed where
-    it is. max_tokens, stop: of the answer. Raises StageError as `tasks.completions.complete` does, UserError for a cap
-    that leaves no thought or a large model that cannot read it.
+    end: what closes a thought, ``</think>`` for most models that think. A thought that reaches ``cap`` tokens is closed
+    where it is. max_tokens, stop: of the answer. Raises StageError as `tasks.completions.complete` does, UserError for
+    a cap that leaves no thought or a large model that cannot read it.
     """
-    if not 1 <= cap <= large.max_model_len - max_tokens - 1:
+    most = most_thought(large, max_tokens)
+    if not 1 <= cap <= most:
         raise UserError(
             f"A thought of at most {cap} tokens and an answer of {max_tokens} do not go together: give a cap between 1 "
-            f"and {large.max_model_len - max_tokens - 1}, so that {large.model} can read the thought."
+            f"and {most}, so that {large.model} can read the thought."
         )
     thoughts = complete(small, prompts, max_tokens=cap, stop=[end], timeout_s=timeout_s)
     read = [prompt + thought.text + end for prompt, thought in zip(prompts, thoughts, strict=True)]
     answers = complete(large, read, max_tokens=max_tokens, stop=stop, timeout_s=timeout_s)
     return [Phases(thought, answer) for thought, answer in zip(thoughts, answers, strict=True)]
+
+
+def most_thought(large: LLM, max_tokens: int) -> int:
+    """Tokens of the longest thought that leaves the large model a token of prompt and an answer of ``max_tokens``."""
+    return large.max_model_len - max_tokens - 1
+
+
+def counts(url: str) -> dict[str, int]:
+    """What a server of both phases (``harness/phases_server.py``) has counted so far: `COUNTS`; empty for any other, or
+    if it does not answer.
+    """
+    try:
+        text = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+    except httpx.HTTPError:
+        return {}
+    return {name: int(value) for name, value in re.findall(r"^phases:(\w+)_total (\d+)$", text, re.MULTILINE)}
