@@ -38,8 +38,8 @@ def calibrate(
     extras: which of `harness.stats.EXTRAS` to gather besides the routed sums.
     routing: ``actual``, the experts and gates the model really used, or ``paper``, those that REAP's published code
     takes instead (`harness.sums.paper_routing`).
-    Raises UserError if the architecture does not use the seam, StageError at the first layer whose experts' outputs
-    are not finite.
+    Raises UserError if the architecture does not use the seam, StageError at the first layer where something is not
+    finite: what comes in, the router's logits or gates, the experts' outputs; and for the model's own logits.
     """
     observer = Observer(model, extras, routing)
     observer.watch(batches)
@@ -132,9 +132,11 @@ class Observer:
                 self.mask = mask.bool().flatten()
                 device = self.model.device
                 try:
-                    self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+                    found = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                 except _LayerSeen:
                     continue
+                if not found.logits.isfinite().all(dim=-1).flatten().cpu()[self.mask].all():
+                    raise _not_finite("behind the last layer", "the logits")
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -187,9 +189,15 @@ class Observer:
         layer, count = self.index_of[experts], int(experts.num_experts)  # type: ignore[arg-type]
         here = self.layers.setdefault(layer, Accumulator(count))
         here.tokens += len(hidden)
+        values = {
+            "the hidden states that come to the experts": hidden,
+            "the router's logits": None if logits is None else logits.masked_fill(logits == -torch.inf, 0),  # barred
+            "the router's gates": weight,
+            "the experts' outputs": outputs,
+        }
+        _check_finite(f"layer {layer}", {name: value for name, value in values.items() if value is not None})
         found = sums.routed_sums(index, weight, outputs, count)
-        if not torch.isfinite(found["gate_norm"]).all():
-            raise StageError(f"Calibration: experts of layer {layer} gave outputs that are not finite.")
+        _check_finite(f"layer {layer}", {"the experts' gates and norms": found["gate_sq_norm_sq"]})
         here.add(found)
         extra: dict[str, Callable[[], Tensor]] = {
             "coactivation": lambda: sums.coactivation(index, count),
@@ -213,6 +221,21 @@ class Observer:
             plain, gated = sums.all_output_sums(experts, hidden, gate, here.experts)
             found = {"all_output_sum": plain, "all_gated_output_sum": gated}
             here.add({name: found[name] for name in wanted})
+
+
+def _check_finite(where: str, values: Mapping[str, Tensor]) -> None:
+    """Raise StageError for the first of these tensors that holds NaN or infinity; an earlier one spoils the later."""
+    are = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # one wait for the device
+    for name, is_finite in zip(values, are, strict=True):
+        if not is_finite:
+            raise _not_finite(where, name)
+
+
+def _not_finite(where: str, what: str) -> StageError:
+    return StageError(
+        f"Calibration stopped: {where}, {what} are not all finite (there is NaN or infinity). The weights are damaged, "
+        "or values overflow in this type: check the files, or calibrate in float32 (calibration.dtype=float32)."
+    )
 
 
 def _known(logits: Tensor | None) -> Tensor:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import tensors
+from harness import inventory, tensors
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, role, width_field
+from harness.models import EXPERT_COUNT, Model, layer_index, role, width_field
 from harness.plan import Plan
-from harness.rewrite import FLOATS, MERGEABLE, UNITS_FIRST, UNITS_LAST, Layout, Rewrite, decoded, is_bias
+from harness.rewrite import MERGEABLE, UNITS_FIRST, UNITS_LAST, Layout, Rewrite, is_bias
 from harness.tensors import Tensor
 
 
@@ -114,9 +113,14 @@ def tensors_of(folder: Path) -> list[Tensor]:
 
 
 def copy_rest(source: Path, target: Path) -> None:
-    """Config, tokenizer, chat template, licence: every small file but weights and their index."""
+    """Config, tokenizer, chat template, licence: every small file but weights, their index and their checksums.
+
+    Raises UserError for a file that is a link to somewhere else, such as this machine's secrets.
+    """
+    tensors.check_links(source)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and file.name != tensors.INDEX:
+        weights = file.suffix in (".safetensors", *tensors.PICKLES)
+        if file.is_file() and not weights and file.name not in (tensors.INDEX, tensors.CHECKSUMS):
             shutil.copy(file, target / file.name)
 
 
@@ -134,20 +138,23 @@ def _patch_config(file: Path, old: set[int], new: int) -> None:
 
 
 def verify(folder: Path, source: Model) -> None:
-    """Raise UserError unless the checkpoint is whole: vLLM loads many broken ones silently and serves nonsense.
+    """Raise UserError unless the checkpoint is whole: vLLM loads many broken ones silently and serves nonsense. A whole
+    one gets its checksums, if it has none yet (`harness.inventory`); where it has them, they must be true.
 
-    Checked: headers and file lengths; every tensor that is no expert's or router's as in ``source``; experts of
-    each layer numbered 0..E-1 with the same parts and shapes; E as config.json says; routers of E rows; finite values.
+    Checked: headers and file lengths; every tensor that is no expert's or router's as in ``source``; types as stored
+    there; experts of each layer numbered 0..E-1 with the same parts and shapes; E as config.json says; routers and
+    their biases of E rows; finite values.
     """
     written = Model(folder.name, str(folder))
     if written.experts.keys() != source.experts.keys():
         raise UserError(f"{folder} has experts in layers {sorted(written.experts)}, not in {sorted(source.experts)}.")
-    if (missing := _others(source) - _others(written)) or (missing := _others(written) - _others(source)):
-        raise UserError(f"{folder}: tensors differ from the original's in name or shape: {sorted(missing)[:5]}.")
+    _check_others(written, source)
     check_structure(written)
-    for name, tensor in written.tensors.items():
-        if not _finite(tensor):
-            raise UserError(f"{tensor.file}: tensor {name} holds values that are not finite.")
+    _check_types(written, source)
+    if (folder / tensors.CHECKSUMS).exists():
+        inventory.check_unchanged(folder)
+    else:
+        inventory.write_checksums(folder)
 
 
 def check_alignable(model: Model) -> None:
@@ -162,52 +169,120 @@ def check_alignable(model: Model) -> None:
             )
 
 
+@dataclass
+class _Moe:
+    """The tensors of one MoE layer in a checkpoint, by name: of each expert, by its parts; fused ones; routers."""
+
+    experts: dict[int, dict[str, str]] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
+    routers: list[str] = field(default_factory=list)
+
+
 def check_structure(model: Model) -> None:
-    """Raise UserError unless experts, routers and config.json of a checkpoint fit together. Reads headers only."""
-    parts: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {layer: {} for layer in model.experts}
-    routers: dict[int, dict[str, tuple[int, ...]]] = {layer: {} for layer in model.experts}
-    expected = {layer: model.expert_count for layer in model.experts}
+    """Raise UserError unless experts, routers and config.json of a checkpoint fit together, or if it brings code that
+    nobody has allowed. Reads headers only.
+    """
+    model.check_code()
+    if not model.experts:
+        return
+    expected = dict.fromkeys({layer_index(name) for name in model.tensors} - {-1}, model.expert_count)
+    layers = {layer: _Moe() for layer in expected}
     for name, tensor in model.tensors.items():
         here = role(name, tensor.shape, expected)
         if here.kind == "expert":
-            parts[here.layer].setdefault(here.expert, {})[here.part] = tensor.shape
+            layers[here.layer].experts.setdefault(here.expert, {})[here.part] = name
+        elif here.kind == "fused":
+            layers[here.layer].fused.append(name)
         elif here.kind == "router":
-            routers[here.layer][name] = tensor.shape
-    for layer, count in model.experts.items():
-        _check_layer(f"{model.folder}, layer {layer}", count, model.expert_count, parts[layer], routers[layer])
+            layers[here.layer].routers.append(name)
+    for layer, moe in layers.items():
+        _check_experts(model, layer, moe)
+        _check_routers(model, layer, moe)
 
 
-def _check_layer(
-    where: str,
-    count: int,
-    expected: int,
-    parts: Mapping[int, Mapping[str, tuple[int, ...]]],
-    routers: Mapping[str, tuple[int, ...]],
-) -> None:
-    """``parts``: shapes of each expert's tensors, empty where experts are fused; ``routers``: of the router's."""
-    if count != expected:
-        raise UserError(f"{where}: there are {count} experts, config.json says {expected}.")
-    for name, shape in routers.items():
-        if shape[:1] != (expected,) and shape != (1, expected):
-            raise UserError(f"{where}: {name} has shape {shape}, not one row for each of {expected} experts.")
-    if parts and sorted(parts) != list(range(expected)):
-        raise UserError(f"{where}: experts are numbered {sorted(parts)}, not 0 to {expected - 1}.")
-    for expert, shapes in parts.items():
-        if shapes != parts[0]:
-            raise UserError(f"{where}: expert {expert} has tensors {shapes}, expert 0 has {parts[0]}.")
-    if not routers:
-        raise UserError(f"{where}: there is no router tensor.")
+def _check_experts(model: Model, layer: int, moe: _Moe) -> None:
+    expected = model.expert_count
+    if moe.routers and not (moe.experts or moe.fused):
+        name = moe.routers[0]
+        raise UserError(
+            f"{model.tensors[name].file}: there is the router {name}, and there are no {expected} experts of layer "
+            f"{layer}, as config.json has them."
+        )
+    if not moe.experts:
+        return
+    some = min(moe.experts)
+    prefix = next(iter(moe.experts[some].values())).rpartition(f"experts.{some}.")[0] + "experts."
+    near = model.tensors[next(iter(moe.experts[some].values()))].file
+    for expert in range(expected):
+        for part, name in moe.experts[some].items():
+            here = moe.experts.get(expert, {}).get(part)
+            if here is None:
+                raise UserError(
+                    f"{near}: tensor {prefix}{expert}.{part} is missing; config.json says that layer {layer} has "
+                    f"{expected} experts, and the files hold some of {len(moe.experts)}."
+                )
+            if (found := model.tensors[here].shape) != (shape := model.tensors[name].shape):
+                raise UserError(
+                    f"{model.tensors[here].file}: tensor {here} has shape {found}, that of expert {some} {shape}."
+                )
+    for expert, parts in moe.experts.items():
+        if more := sorted(set(parts) - set(moe.experts[some])):
+            raise UserError(f"{near}: tensor {prefix}{some}.{more[0]} is missing; expert {expert} has one.")
+        if expert >= expected:
+            left = next(iter(parts.values()))
+            raise UserError(
+                f"{model.tensors[left].file}: tensor {left} is left over; config.json says that layer {layer} has "
+                f"{expected} experts, numbered from 0."
+            )
 
 
-def _others(model: Model) -> set[tuple[str, tuple[int, ...]]]:
-    return {
-        (name, tensor.shape)
-        for name, tensor in model.tensors.items()
-        if role(name, tensor.shape, model.experts).kind == "other"
-    }
+def _check_routers(model: Model, layer: int, moe: _Moe) -> None:
+    expected = model.expert_count
+    for name in moe.routers:
+        tensor = model.tensors[name]
+        if tensor.shape[:1] != (expected,) and tensor.shape != (1, expected):
+            raise UserError(
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, not one row for each of the {expected} "
+                f"experts that config.json says layer {layer} has."
+            )
+    if (moe.experts or moe.fused) and not moe.routers:
+        raise UserError(f"{model.folder}, layer {layer}: there is no router tensor.")
 
 
-def _finite(tensor: Tensor) -> bool:
-    if tensor.dtype not in FLOATS or tensor.elements == 0:
-        return True
-    return bool(decoded(tensor.read(), tensor.dtype).isfinite().all())
+def _check_others(written: Model, source: Model) -> None:
+    """Raise UserError unless what is no expert's or router's is there as in the source: name, type and shape."""
+    before, after = (
+        {name: tensor for name, tensor in model.tensors.items() if _kind(model, name, tensor) == "other"}
+        for model in (source, written)
+    )
+    for name, old in before.items():
+        if name not in after:
+            raise UserError(f"{written.folder / old.file.name}: tensor {name} is missing, or has another shape.")
+        _check_type(name, after[name], {old.dtype})
+        if after[name].shape != old.shape:
+            raise UserError(f"{after[name].file}: tensor {name} has shape {after[name].shape}, not {old.shape}.")
+    if more := sorted(after.keys() - before.keys()):
+        raise UserError(f"{after[more[0]].file}: tensor {more[0]} is left over; the original has none of this name.")
+
+
+def _check_types(written: Model, source: Model) -> None:
+    """Raise UserError unless experts and routers are stored in the types that the source stores them in: a bias that
+    was cast to fewer bits chooses other experts.
+    """
+    known: dict[tuple[int, str, str], set[str]] = {}
+    for name, tensor in source.tensors.items():
+        here = role(name, tensor.shape, source.experts)
+        known.setdefault((here.layer, here.kind, here.part), set()).add(tensor.dtype)
+    for name, tensor in written.tensors.items():
+        here = role(name, tensor.shape, written.experts)
+        if here.kind != "other":
+            _check_type(name, tensor, known.get((here.layer, here.kind, here.part), {"none"}))
+
+
+def _check_type(name: str, tensor: Tensor, known: set[str]) -> None:
+    if tensor.dtype not in known:
+        raise UserError(f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, the original's as {min(known)}.")
+
+
+def _kind(model: Model, name: str, tensor: Tensor) -> str:
+    return role(name, tensor.shape, model.experts).kind

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import tensors
+from harness import inventory, tensors
 from harness.errors import UserError
 from harness.tensors import Tensor
 
@@ -26,8 +26,6 @@ EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")  # hidden units of an expert: the first that is there
-
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*")
 
 _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
 _EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
@@ -108,6 +106,8 @@ class Model:
     Face hub, fetched at ``revision`` when first used. build: the command that makes the folder. domains: those of
     ``conf/domain/`` that experiments test it on, separated by commas. outline: the fields of its config.json that fix
     its size, and ``bytes`` per parameter of routed experts and of the rest, to know its size before it is here.
+    trust_remote_code: what to do where a checkpoint brings Python code of its own. Unset, it is refused; false, the
+    code is never run and the libraries' own implementation of the architecture is used; true, transformers may run it.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Model:
     build: str | None = None
     domains: str | None = None
     outline: dict[str, Any] | None = field(default=None, compare=False)  # the files themselves say what a model is
+    trust_remote_code: bool | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -167,14 +168,22 @@ class Model:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as it stands, with the fields of a nested text_config on top."""
+        return {name: value for level in self._levels for name, value in level.items()}
+
+    @cached_property
+    def _levels(self) -> tuple[dict[str, Any], ...]:
+        """config.json, and the text_config nested in it, if there is one."""
         try:
             config = json.loads((self.folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
+            levels = (config, config.get("text_config") or {})
+            if not all(isinstance(level, dict) for level in levels):
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"model {self.name!r}: {self.folder} has no readable config.json ({error}). "
                 "It must be a Hugging Face checkpoint folder."
             ) from error
-        return {**config, **config.get("text_config", {})}
+        return levels
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -207,13 +216,14 @@ class Model:
         return self._number(TOP_K) if self.experts else 0
 
     def _number(self, aliases: tuple[str, ...]) -> int:
-        values = {self.config[alias] for alias in aliases if isinstance(self.config.get(alias), int)}
-        if len(values) != 1:
+        """The one number that config.json gives under these names, at both levels: engines read either."""
+        found = [(alias, level[alias]) for level in self._levels for alias in aliases if type(level.get(alias)) is int]
+        if len({value for _, value in found}) != 1:
             raise UserError(
                 f"model {self.name!r}: config.json must give one number under one of {', '.join(aliases)}; "
-                f"found {sorted(values) or 'none'}."
+                f"found {', '.join(f'{alias}={value}' for alias, value in found) or 'none'}."
             )
-        return int(values.pop())
+        return int(found[0][1])
 
     @property
     def nbytes(self) -> int:
@@ -239,21 +249,40 @@ class Model:
                 "Copy the original model's tokenizer files there."
             )
 
+    def check_code(self) -> None:
+        """Raise UserError for a checkpoint that names Python code of its own, unless ``trust_remote_code`` is set."""
+        if self.trust_remote_code not in (None, False, True):
+            raise UserError(f"model.trust_remote_code={self.trust_remote_code} is none of null, false, true.")
+        for file in (self.folder / name for name in ("config.json", "tokenizer_config.json")):
+            if self.trust_remote_code is None and file.exists() and _names_code(file):
+                raise UserError(
+                    f"model {self.name!r}: {file} names Python code that comes with the checkpoint (auto_map), which "
+                    "is not run unless you say so. Set model.trust_remote_code=false to use the libraries' own "
+                    "implementation of the architecture instead, or =true if you have read that code and trust it."
+                )
+
     @cached_property
     def digest(self) -> str:
-        """Hash of the weights, config and tokenizer: the model's content, whatever its folder is called."""
-        return self._digest("config.json", "*.safetensors", *_TOKENIZER)
+        """Hash of the weights, config and tokenizer: the model's content, whatever its folder is called.
+
+        Raises UserError where a file is not what is known of it (``checksums.json`` beside it, the hub's cache) or
+        holds values that are not finite.
+        """
+        code = ("*.py",) if self.trust_remote_code else ()
+        return self._digest(*inventory.DETERMINING, *code)
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        return self._digest(*_TOKENIZER)
+        return self._digest(*inventory.TOKENIZER)
 
     def _digest(self, *patterns: str) -> str:
-        files = sorted({file for pattern in patterns for file in self.folder.glob(pattern)})
-        return hashlib.sha256("\n".join(f"{file.name} {_sha256(file)}" for file in files).encode()).hexdigest()
+        found = {file.name: inventory.read(file) for file in inventory.files(self.folder, patterns)}
+        inventory.check_known(self.folder, found)
+        return hashlib.sha256("\n".join(f"{name} {one.sha256}" for name, one in found.items()).encode()).hexdigest()
 
     def load(self, dtype: str) -> PreTrainedModel:
         """The model in memory (on the GPUs, if any), for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
+        self.check_code()
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -261,7 +290,12 @@ class Model:
         disable_progress_bar()  # the pass over the tokens has one of its own
         device_map = "auto" if torch.cuda.is_available() else None
         model = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=dtype, device_map=device_map, local_files_only=True
+            self.folder,
+            dtype=dtype,
+            device_map=device_map,
+            local_files_only=True,
+            use_safetensors=True,  # where both are there, pickles are not even looked at
+            trust_remote_code=bool(self.trust_remote_code),  # unset, transformers asks on standard input
         )
         return model.eval()
 
@@ -275,9 +309,9 @@ class Outlined(Model):
         raise UserError(f"model {self.name!r} is not on this machine.")
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def _levels(self) -> tuple[dict[str, Any], ...]:
         assert self.outline is not None
-        return {name: value for name, value in self.outline.items() if name != "bytes"}
+        return ({name: value for name, value in self.outline.items() if name != "bytes"},)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -310,9 +344,15 @@ def _sized(shape: tuple[int, ...], bytes_per_parameter: float) -> Tensor:
     return Tensor(Path(), "outline", shape, 0, round(math.prod(shape) * bytes_per_parameter))
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _names_code(file: Path) -> bool:
+    """Whether a JSON file has a field ``auto_map``, however deep. Raises UserError if it is none."""
+    fields: set[str] = set()
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        fields.update(name for name, _ in pairs)
+
+    try:
+        json.loads(file.read_text(), object_pairs_hook=note)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not readable: {error}.") from error
+    return "auto_map" in fields

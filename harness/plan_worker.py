@@ -1,8 +1,9 @@
 """What a vLLM worker can do beyond vLLM's own (``--worker-extension-cls harness.plan_worker.PlanWorker``).
 
 ``swap_plan`` makes the running engine another plan's, ``mask_plan`` closes the experts that a pruning plan drops,
-``weight_bytes`` says what the weights take. The harness calls them by ``POST /collective_rpc``, which vLLM offers on
-VLLM_SERVER_DEV_MODE=1; requests must not be in flight, and the prefix cache must be reset afterwards.
+``weight_bytes`` says what the weights take, ``expert_counts`` which experts are there. The harness calls them by
+``POST /collective_rpc``, which vLLM offers on VLLM_SERVER_DEV_MODE=1; requests must not be in flight, and the prefix
+cache must be reset afterwards.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from harness.errors import UserError
 from harness.plan import LayerPlan
 from harness.plan_loader import moe_layers
 from harness.rewrite import CLOSED
+from harness.served_experts import count_experts
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -70,6 +72,13 @@ class PlanWorker(Worker):
             for tensor in [*model.parameters(), *model.buffers()]
         }
         return sum(storages.values())
+
+    def expert_counts(self) -> dict[str, dict[str, Any]]:
+        """Of each MoE layer that this worker holds: how many experts, router rows, and rows barred by a mask, from the
+        tensors themselves (`harness.served_experts`).
+        """
+        model = self.model_runner.get_model()
+        return {str(layer): count_experts(model, layer, runner) for layer, runner in moe_layers(model).items()}
 
 
 def _take_over(new: Any, old: Any) -> None:

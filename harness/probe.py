@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import httpx
 import numpy as np
 
 from harness.errors import StageError
-from tasks import LLM
+from tasks import LLM, is_log_prob
 
 # Enough text to send tokens through most experts.
 PROBE = (
@@ -48,13 +47,17 @@ def probe(llm: LLM) -> list[float]:
         raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
     if response.status_code != 200:
         raise StageError(f"The server at {llm.url} refused a first request: {response.text[:500]}")
-    logprobs = response.json()["choices"][0].get("logprobs") or {}
-    values = logprobs.get("token_logprobs") or []
-    if len(values) < 2:
+    try:
+        answer = response.json()
+        values = (answer["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+        prompt = int(answer["usage"]["prompt_tokens"])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise StageError(f"The server at {llm.url} answered a first request with {response.text[:200]!r}.") from error
+    if len(values) < max(2, prompt):
         raise StageError(f"The server at {llm.url} gives no log-probabilities of the prompt (logprobs, echo).")
-    if not all(value is not None and math.isfinite(value) for value in values[1:]):
+    if not all(map(is_log_prob, values[1:])):
         raise StageError(f"{llm.model} gives log-probabilities that are not finite (NaN or infinite weights?).")
-    return values[1 : int(response.json()["usage"]["prompt_tokens"])]
+    return values[1:prompt]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from harness.blocks import compress
+from harness.errors import StageError
 from harness.plan import Plan
 from harness.probe import Expected
 
@@ -21,11 +22,13 @@ from harness.probe import Expected
 def expected(model: PreTrainedModel, plan: Plan, ids: Sequence[int]) -> Expected:
     """What the model says of these tokens under the plan, computed in float32, and how much rounding changes it.
 
-    model: with its weights as they are stored. It is changed.
+    model: with its weights as they are stored. It is changed. Raises StageError if one is not finite.
     """
     compress(model, plan.layers)
     rounded = log_probs(model, ids)
     exact = log_probs(model.float(), ids)
+    if not np.isfinite([*rounded, *exact]).all():
+        raise StageError("Reference: in transformers, too, a known text gets log-probabilities that are not finite.")
     return Expected(tuple(exact), float(np.abs(np.subtract(rounded, exact)).mean()))
 
 

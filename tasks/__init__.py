@@ -6,6 +6,7 @@ model: the same task runs on our own vLLM, on a cluster's, or on any OpenAI-comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,17 @@ class LLM:
     concurrency: int = 32
 
 
+# What vLLM writes for a log-probability of minus infinity (or less than this), so that JSON can carry it.
+FLOOR = -9999.0
+
+
+def is_log_prob(value: object) -> bool:
+    """Whether a server's answer is a log-probability at all: a finite number, and not the floor that stands for minus
+    infinity, which a model with infinite logits gives everything but one token, so that all choices seem equal.
+    """
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value) and value > FLOOR
+
+
 @dataclass(frozen=True)
 class Metric:
     """A mean over ``n`` items in [0, 1] (or the metric's own unit) with its standard error."""
@@ -46,13 +58,15 @@ class Metric:
 class Score:
     """What one task found: its metrics, one row per item (JSON values only) and counts of degenerate outputs.
 
-    answering_s: wall time from the first request to the last answer, in seconds.
+    answering_s: wall time from the first request to the last answer, in seconds. whole: items that the benchmark has;
+    more than were scored if ``limit`` took the first ones only; 0 where that is not known.
     """
 
     metrics: Mapping[str, Metric]
     samples: Sequence[Mapping[str, Any]]
     counts: Mapping[str, int] = field(default_factory=dict)
     answering_s: float = 0.0
+    whole: int = 0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def complete(
     """Greedy completions in the order of ``prompts``, without the stop sequence that ended them.
 
     A broken connection is tried again, ``ATTEMPTS`` times in all. Raises StageError for an HTTP error, with the
-    server's words, for a time-out, and if the server is gone.
+    server's words, for a time-out, for an answer that is none, and if the server is gone.
     """
     request = {"model": llm.model, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
     request["stop"] = list(stop) if len(stop) <= llm.max_stops else _likeliest(stop, llm.max_stops)
@@ -43,15 +43,23 @@ def complete(
 
 def degenerate(completions: Sequence[Completion]) -> dict[str, int]:
     """How many are empty, were cut at their limit, and end in a loop."""
+    capped = sum(completion.finish_reason == "length" for completion in completions)
+    return degenerate_texts([completion.text for completion in completions], capped)
+
+
+def degenerate_texts(texts: Sequence[str], capped: int) -> dict[str, int]:
+    """The same of bare texts, of which ``capped`` were cut at their limit: what every task that generates counts."""
     return {
-        "empty": sum(not completion.text.strip() for completion in completions),
-        "length_capped": sum(completion.finish_reason == "length" for completion in completions),
-        "looping": sum(is_looping(completion.text) for completion in completions),
+        "empty": sum(not text.strip() for text in texts),
+        "length_capped": capped,
+        "looping": sum(map(is_looping, texts)),
     }
 
 
 def is_looping(text: str) -> bool:
-    """Whether the text ends in one piece again and again."""
+    """Whether the text ends in one piece again and again: at least ``LOOP_TIMES`` times, in ``LOOP_CHARACTERS`` or
+    more. The piece may be of any length, and the last one may be cut, since every end of a loop is one.
+    """
     for size in range(1, len(text) // LOOP_TIMES + 1):
         times = max(LOOP_TIMES, -(-LOOP_CHARACTERS // size))
         if len(text) >= size * times and text.endswith(text[-size:] * times):
@@ -101,7 +109,18 @@ async def _one(client: httpx.AsyncClient, url: str, request: dict) -> Completion
             await asyncio.sleep(2**attempt)
     if response.status_code != 200:
         raise StageError(f"The server at {url} refused a request ({response.status_code}): {response.text[:500]}")
-    choice = response.json()["choices"][0]
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise StageError(f"The server at {url} broke a completion off: finish_reason {choice['finish_reason']!r}.")
-    return Completion(choice["text"], choice["finish_reason"])
+    return _completion(url, response)
+
+
+def _completion(url: str, response: httpx.Response) -> Completion:
+    """The one completion in an answer. Raises StageError if there is none: it must not be taken for an empty one."""
+    try:
+        (choice,) = response.json()["choices"]
+        text, reason = choice["text"], choice["finish_reason"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"The server at {url} answered without a completion: {response.text[:200]!r}.") from error
+    if not isinstance(text, str):
+        raise StageError(f"The server at {url} answered with the text {text!r}.")
+    if reason not in ("stop", "length"):
+        raise StageError(f"The server at {url} broke a completion off: finish_reason {reason!r}.")
+    return Completion(text, reason)

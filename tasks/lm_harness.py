@@ -23,8 +23,8 @@ from typing import Any
 from unittest.mock import patch
 
 from harness.errors import StageError, UserError
-from tasks import LLM, Item, Metric, Score
-from tasks.completions import is_looping
+from tasks import FLOOR, LLM, Item, Metric, Score, is_log_prob
+from tasks.completions import degenerate_texts
 from tasks.lm_task import ROOT, TaskFile, task_paths
 
 SEED = 1234
@@ -115,6 +115,8 @@ class LmEval:
                     torch_random_seed=SEED,
                     fewshot_random_seed=SEED,
                 )
+        except _AnswerError as error:
+            raise StageError(f"{self.name}: {error}") from error
         except Exception as error:
             raise StageError(f"{self.name}: lm-eval failed: {type(error).__name__}: {error}") from error
         return self._checked(found, getattr(model, "capped", 0), getattr(model, "answering_s", 0.0))
@@ -128,8 +130,7 @@ class LmEval:
         ]
 
     def _checked(self, found: Any, capped: int, answering_s: float) -> Score:
-        for file in self._files:
-            self._check_complete(file, found)
+        whole = sum(self._check_complete(file, found) for file in self._files)
         samples = [{**sample, "task": task} for task, rows in found["samples"].items() for sample in rows]
         _check_finite(self.name, samples)
         by_filter = defaultdict(list)
@@ -140,20 +141,29 @@ class LmEval:
             if missing := set(self.metrics) - set(metrics):
                 raise StageError(f"{self.name} gave no {', '.join(sorted(missing))}, only {', '.join(metrics)}.")
             metrics = {name: metrics[name] for name in self.metrics}
-        return Score(metrics, [_row(sample) for sample in samples], _counts(by_filter, capped), answering_s)
+        rows = [_row(sample) for sample in samples]
+        return Score(metrics, rows, _counts(by_filter, capped), answering_s, whole)
 
-    def _check_complete(self, file: TaskFile, found: Any) -> None:
-        """Raise StageError unless every item was scored, once by each filter."""
+    def _check_complete(self, file: TaskFile, found: Any) -> int:
+        """How many items the benchmark has. Raises StageError unless each that was to be scored was, once by each
+        filter.
+        """
         task = file.config["task"]
         number = found["n-samples"][task]
-        expected = file.count(number["original"])
-        expected = min(expected, self.limit or expected)
-        by_filter = defaultdict(list)
+        whole = file.count(number["original"])
+        expected = min(whole, self.limit or whole)
+        by_filter: dict[str, Counter[int]] = defaultdict(Counter)
         for sample in found["samples"][task]:
-            by_filter[sample["filter"]].append(sample["doc_id"])
-        for kind, ids in by_filter.items():
-            if not len(set(ids)) == len(ids) == number["effective"] == expected:
-                raise StageError(f"{self.name}: {len(set(ids))} items of {task} scored ({kind}), {expected} expected.")
+            by_filter[sample["filter"]][sample["doc_id"]] += 1
+        for kind, times in (by_filter or {"no filter": Counter()}).items():
+            if twice := [item for item, count in times.items() if count > 1]:
+                raise StageError(f"{self.name}: item {twice[0]} of {task} was scored {times[twice[0]]} times ({kind}).")
+            if not len(times) == number["effective"] == expected:
+                raise StageError(
+                    f"{self.name}: {len(times)} of {expected} items of {task} were scored ({kind}). A score of some is "
+                    "not the benchmark's."
+                )
+        return whole
 
 
 @contextmanager
@@ -193,13 +203,23 @@ def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
             yield
             self.answering_s += time.perf_counter() - start
 
+        async def amodel_call(self, session: Any, sem: Any, messages: Any, **named: Any) -> Any:
+            answers = await super().amodel_call(session, sem, messages, **named)
+            if len(answers) != len(messages):
+                raise _AnswerError(f"The server answered {len(answers)} of {len(messages)} prompts of a request.")
+            return answers
+
         def parse_generations(self, outputs: Any, **arguments: Any) -> list[str]:
-            replies = outputs if isinstance(outputs, list) else [outputs]
-            reasons = {choice["finish_reason"] for reply in replies for choice in reply["choices"]}
-            if not reasons <= {"stop", "length"}:
-                raise StageError(f"The server broke a generation off: finish_reason {sorted(map(str, reasons))}.")
-            self.capped += sum(choice["finish_reason"] == "length" for reply in replies for choice in reply["choices"])
+            self.capped += _count_capped(_choices(outputs))
             return LocalCompletionsAPI.parse_generations(outputs, **arguments)
+
+        def parse_logprobs(self, outputs: Any, tokens: Any = None, ctxlens: Any = None, **arguments: Any) -> Any:
+            choices = _choices(outputs)
+            if len(choices) != len(tokens):
+                raise _AnswerError(f"The server answered {len(choices)} of {len(tokens)} prompts of a request.")
+            for choice, ids, context in zip(choices, tokens, ctxlens, strict=True):
+                _check_log_probs(choice["logprobs"], len(ids), context)
+            return LocalCompletionsAPI.parse_logprobs(outputs, tokens, ctxlens, **arguments)
 
     client = Client(
         base_url=f"{llm.url}/v1/completions",
@@ -208,9 +228,8 @@ def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
         tokenizer_backend="huggingface",
         tokenized_requests=True,
         max_length=llm.max_model_len,
-        num_concurrent=max(
-            2, -(-llm.concurrency // batch_size)
-        ),  # its path for one request at a time obeys proxy variables
+        # At least two: its path for one request at a time obeys proxy variables.
+        num_concurrent=max(2, -(-llm.concurrency // batch_size)),
         batch_size=batch_size,
         max_retries=3,
         timeout=timeout_s,
@@ -218,6 +237,48 @@ def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
     first = client.tokenizer("a").input_ids[:1]
     client.add_bos_token = client.tokenizer.bos_token_id is not None and first == [client.tokenizer.bos_token_id]
     return client
+
+
+class _AnswerError(BaseException):
+    """An answer that cannot be scored. Not an Exception, after each of which lm-eval asks again: the server would only
+    say the same.
+    """
+
+
+def _choices(outputs: Any) -> list[dict[str, Any]]:
+    """What a server answered, in the order of the prompts. Raises _AnswerError unless each has one answer."""
+    replies = outputs if isinstance(outputs, list) else [outputs]
+    choices = [choice for reply in replies for choice in sorted(reply["choices"], key=lambda choice: choice["index"])]
+    if [choice["index"] for choice in choices] != list(range(len(choices))):
+        raise _AnswerError(f"The server numbered its answers {[choice['index'] for choice in choices]}.")
+    return choices
+
+
+def _count_capped(choices: Sequence[Mapping[str, Any]]) -> int:
+    """Generations cut at their limit. Raises _AnswerError for one that was broken off or has no text, in whose place
+    lm-eval would score a placeholder.
+    """
+    for choice in choices:
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise _AnswerError(f"The server broke a generation off: finish_reason {choice['finish_reason']!r}.")
+        if not isinstance(choice["text"], str):
+            raise _AnswerError(f"The server answered with the text {choice['text']!r}.")
+    return sum(choice["finish_reason"] == "length" for choice in choices)
+
+
+def _check_log_probs(found: Any, tokens: int, context: int) -> None:
+    """Raise _AnswerError unless the answer has the log-probability of every token behind the context, and of the one
+    more that was asked for: lm-eval cuts off the last, whatever it is.
+    """
+    values = (found or {}).get("token_logprobs") or []
+    if len(values) != tokens + 1:
+        raise _AnswerError(f"The server gave {len(values)} log-probabilities for {tokens} tokens and one more.")
+    for value in values[context:tokens]:
+        if not is_log_prob(value):
+            raise _AnswerError(
+                f"The server gave a token the log-probability {value}, which is none (vLLM writes {FLOOR} for minus "
+                "infinity). The model's weights are damaged or overflow."
+            )
 
 
 def _check_finite(name: str, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -268,11 +329,7 @@ def _counts(by_filter: Mapping[str, Sequence[Mapping[str, Any]]], capped: int) -
     texts = [text for row in rows for texts in row["resps"] for text in texts if isinstance(text, str)]
     if not texts:
         return {}
-    return {
-        "empty": sum(not text.strip() for text in texts),
-        "length_capped": capped,
-        "looping": sum(map(is_looping, texts)),
-    }
+    return degenerate_texts(texts, capped)
 
 
 def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
