@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from harness import analysis_figures, bill, scoring, stages, tables
+from harness import analysis_figures, bill, gather, scoring, stages, tables
 from harness.analyses import NGRAMS, Analysis, Texts, singleton_share
 from harness.commandline import refuse_politely
 from harness.errors import StageError, UserError
 from harness.models import Model
 from harness.one_plan import split
-from harness.plan import Plan, from_json
+from harness.plan import Plan, read
 from harness.provenance import provenance
+from harness.rows import NOT_RUN, by_row, plan_names
 from harness.spec import Cell, Row
 from harness.store import Store, key, say
 from harness.sweep import Sweep, expand
@@ -51,8 +52,11 @@ def plan_of(cell: Cell, store: Store) -> Plan | None:
     path = stages.plan_file(cell, store)
     if not path.exists():
         return None
-    made = from_json(path.read_text())
-    made.validate(cell.model.experts, cell.model.top_k)
+    try:
+        made = read(path)
+        made.validate(cell.model.experts, cell.model.top_k)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return made
 
 
@@ -167,7 +171,7 @@ class _HeldOut:
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
-        return stages.held_out_tokens(self.cell, self.store)
+        return gather.held_out_tokens(self.cell, self.store)
 
     @functools.cached_property
     def inputs(self) -> Any:
@@ -330,8 +334,8 @@ def _numbers(analysis: Analysis) -> dict[str, float]:
 
 def table(tidy: pd.DataFrame) -> pd.DataFrame:
     """One line per method and ratio, of seeds the mean; "—" unless every seed has the number."""
-    names = tables.plan_names(tidy)
-    rows = {name: _line(group) for name, group in tables.by_row(tidy, names)}
+    names = plan_names(tidy)
+    rows = {name: _line(group) for name, group in by_row(tidy, names)}
     made = pd.DataFrame.from_dict(rows, orient="index")
     made.index = pd.MultiIndex.from_tuples(rows, names=names)
     return made
@@ -358,7 +362,7 @@ def _line(group: pd.DataFrame) -> dict[str, str]:
 
 def _mean(group: pd.DataFrame, column: str) -> str:
     if column not in group or group[column].isna().any():
-        return tables.NOT_RUN
+        return NOT_RUN
     value = float(group[column].mean())
     return f"{value:.3f}" if value < 100 else f"{value:.3g}"
 
@@ -388,7 +392,7 @@ def main() -> int:
 
 
 def _number_of_texts(given: str) -> int:
-    if not given.isdecimal() or int(given) < 1:
+    if not re.fullmatch("[0-9]{1,9}", given) or int(given) < 1:
         raise UserError(f"n={given} is no number of texts. Give a whole number from 1 up, such as n={TEXTS}.")
     return int(given)
 

@@ -8,43 +8,90 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from harness import scoring
-from harness.errors import UserError
+from harness.data import Calibration
+from harness.errors import StageError, UserError
+from harness.models import Model
+from harness.spec import Cell
+from harness.store import Store
 from harness.sweep import Sweep, expand
 
+LONGEST_WORD, LONGEST_MESSAGE = 300, 2000  # characters of a message that are shown
 
-def checked(arguments: Sequence[str]) -> Sweep:
+
+def checked(arguments: Sequence[str], elsewhere: bool = False) -> Sweep:
     """The sweep these arguments ask for, every cell of it checked.
 
-    A dry run is not checked: what cannot work is a line of its bill.
+    A dry run is not checked: what cannot work is a line of its bill. elsewhere: whether it may be served on another
+    machine, so that nothing follows from what this one has.
     """
     sweep = expand(arguments)
     if sweep.dry_run:
         return sweep
-    sweep.check()
-    waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
-    for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
-        serve.check(nbytes)
-    texts = {(cell.calibration, cell.model): None for cell in waiting if cell.calibrates or cell.measures_errors}
-    texts |= {(cell.recovery.text, cell.model): None for cell in waiting if cell.recovery is not None}
-    for text, model in texts:
-        if not sweep.store.path("tokens", text.tokens_name(model)).exists():
-            text.tokens(model)  # refuses too little text
+    with before_work():
+        sweep.check()
+        waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
+        for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
+            if not elsewhere:
+                serve.check(nbytes)
+        check_texts(texts_of(waiting), sweep.store)
     return sweep
 
 
+def texts_of(cells: Sequence[Cell]) -> list[tuple[Calibration, Model]]:
+    """The texts that the cells read, each once, and whose tokenizer splits them."""
+    texts = {(cell.calibration, cell.model): None for cell in cells if cell.calibrates or cell.measures_errors}
+    texts |= {(cell.recovery.text, cell.model): None for cell in cells if cell.recovery is not None}
+    return list(texts)
+
+
+def check_texts(texts: Iterable[tuple[Calibration, Model]], store: Store) -> None:
+    """Raise UserError for a text that cannot be read or is too short."""
+    for text, model in texts:
+        if not store.path("tokens", text.tokens_name(model)).exists():
+            text.tokens(model)
+
+
+@contextmanager
+def before_work() -> Iterator[None]:
+    """Where nothing has been done yet: what the system refuses there (a name too long, a file that may not be read) is
+    wrong with what was asked.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror or error}.") from error
+
+
+def readable(message: str) -> str:
+    """A message in one line of a length that can be read: what was typed may be of any length and hold anything."""
+    words = "".join(character if character.isprintable() else " " for character in message).split()
+    return _shortened(" ".join(_shortened(word, LONGEST_WORD) for word in words), LONGEST_MESSAGE)
+
+
+def _shortened(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    third = longest // 3
+    return f"{text[: longest - third]}[… {len(text):,} characters …]{text[-third:]}"
+
+
 def refuse_politely(command: Callable[[], int]) -> Callable[[], int]:
-    """Give a command the project's exit statuses: 2 for what the user can mend, 130 after Ctrl-C."""
+    """Give a command the project's exit statuses: 2 for what the user can mend, 1 for what broke, 130 after Ctrl-C."""
 
     @functools.wraps(command)
     def wrapped() -> int:
         try:
             return command()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {readable(str(error))}", file=sys.stderr)
             return 2
+        except StageError as error:  # outside any cell: the disk is full, or the workers are gone
+            print(f"error: {readable(str(error))}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
             return 130

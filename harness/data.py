@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,9 @@ class Calibration:
             raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
         if unread := [column for column in self.columns if column.count("+") > 1 or not all(column.split("+"))]:
             raise UserError(f"calibration.columns={unread}: name a column, or two as prompt+response.")
-        if not self.columns or not self.paths:
+        if not self.columns:
+            raise UserError(f"calibration {self.name!r}: calibration.columns=[] names no column to read.")
+        if not self.paths:
             raise UserError(f"calibration {self.name!r} names no files. Give at least one .jsonl or .txt file.")
 
     @cached_property
@@ -96,9 +99,7 @@ class Calibration:
         The last ``held_out`` sequences begin with a document of which the others hold nothing. Raises UserError if the
         documents hold fewer tokens than asked for.
         """
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+        tokenizer = _tokenizer(model)
         wanted = (self.sequences * self.length, self.held_out * self.length)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         documents: list[list[int]] = []
@@ -122,7 +123,7 @@ class Calibration:
         if isinstance(document, str):
             return document
         if tokenizer.chat_template is None:
-            return "\n".join(str(message["content"]) for message in document)
+            return "\n".join(str(message.get("content", "")) for message in document)
         try:
             return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=False))
         except Exception as error:  # a template may refuse a chat, in words of its own
@@ -135,6 +136,20 @@ class Calibration:
         documents = [document for path in self.paths for document in _documents(path, self.columns)]
         order = np.random.default_rng(self.seed).permutation(len(documents))
         return [documents[index] for index in order]
+
+
+def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.folder, local_files_only=True, trust_remote_code=bool(model.trust_remote_code)
+        )
+    except Exception as error:  # whatever its files make of them: several libraries read these
+        raise UserError(
+            f"model {model.name!r}: the tokenizer in {model.folder} cannot be read ({type(error).__name__}: {error}). "
+            "Copy the original model's tokenizer files there."
+        ) from error
 
 
 def _parts(documents: list[list[int]], first: int, second: int) -> tuple[list[int], list[int]] | None:
@@ -195,17 +210,14 @@ def _in_repository(file: str) -> tuple[str, str]:
 
 
 def _documents(path: Path, columns: tuple[str, ...]) -> Iterator[Document]:
-    if path.suffix == ".txt":
-        yield from (part for part in path.read_text().split("\n\n") if part.strip())
-        return
     try:
         rows = list(_rows(path, columns))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     for number, row in rows:
         try:
-            yield _document(json.loads(row) if isinstance(row, str) else row, columns)
-        except (ValueError, KeyError, TypeError) as error:
+            yield row if path.suffix == ".txt" else _document(_parsed(row), columns)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = " or ".join(columns)
             raise UserError(f"{path}, line {number}: not a JSON object with a {wanted} field.") from error
 
@@ -215,10 +227,17 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
         yield from enumerate(_table(path, columns), 1)
         return
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    if path.suffix == ".txt":
+        yield from ((number, part) for number, part in enumerate(text.split("\n\n"), 1) if part.strip())
+        return
     is_array = path.name.removesuffix(".gz").endswith(".json") and text.lstrip().startswith("[")
     rows = json.loads(text) if is_array else text.split("\n")
     yield from ((number, row) for number, row in enumerate(rows, 1) if not isinstance(row, str) or row.strip())
+
+
+def _parsed(row: Any) -> Any:
+    return json.loads(row) if isinstance(row, str) else row
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -231,15 +250,29 @@ def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _document(row: Any, columns: tuple[str, ...]) -> Document:
-    """What a row holds in the first of the columns that it has. Raises KeyError if it has none, or TypeError."""
+    """What a row holds in the first of the columns that it has. Raises KeyError if it has none, TypeError for what is
+    neither a text nor a chat, ValueError for a text of half characters, which no tokenizer takes.
+    """
     if not isinstance(row, dict):
         raise TypeError(type(row))
     fitting = [names for column in columns if set(names := column.split("+")) <= row.keys()]
     if not fitting:
         raise KeyError(columns)
     values = [row[name] for name in fitting[0]]
-    if len(values) == 1 and isinstance(values[0], str | list):
-        return values[0]
-    if not all(isinstance(value, str) for value in values) or len(values) == 1:
+    if len(values) == 1 and isinstance(values[0], list):
+        return [_message(message) for message in values[0]]
+    if not all(isinstance(value, str) for value in values):
         raise TypeError(fitting[0])
+    for value in values:
+        value.encode()
+    if len(values) == 1:
+        return values[0]
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), values, strict=True)]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A message of a chat as it stands. Raises TypeError or ValueError if it is none."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise TypeError(type(message))
+    json.dumps(message, ensure_ascii=False).encode()
+    return message

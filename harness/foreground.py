@@ -15,20 +15,29 @@ from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.one_plan import one_plan, split
 from harness.serve import Weights
+from harness.spec import Cell
+
+
+def _check(cell: Cell) -> None:
+    cell.serve.check(cell.model.nbytes)
+
+
+def _check_file(cell: Cell) -> None:
+    if not cell.serve.reads_plans:
+        raise UserError("A plan in a file is served by serve=vllm, serve=plan or serve=hf.")
+    _check(cell)
 
 
 @refuse_politely
 def main() -> int:
     options, rest = split(sys.argv[1:], ("plan",))
-    asked = one_plan(rest, options.get("plan"))
+    file = options.get("plan")
+    asked = one_plan(rest, file, _check_file if file is not None else _check)
     cell = asked.cell
-    cell.serve.check(cell.model.nbytes)
     if asked.is_cells:
         with scoring.serving(cell, asked.plan, asked.store) as serving:
             _wait(serving.served.llm.url, serving.served.llm.model)
         return 0
-    if not cell.serve.reads_plans:
-        raise UserError("A plan in a file is served by serve=vllm, serve=plan or serve=hf.")
     weights = Weights(cell.model.folder, asked.plan, asked.file, stages.reference(cell, asked.plan, asked.store))
     log = asked.store.path("logs", "foreground.log")
     log.parent.mkdir(parents=True, exist_ok=True)

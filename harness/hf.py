@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
-from harness.engine import await_health, free_port
-from harness.errors import StageError, UserError
-from harness.host import failure
+from harness.engine import Watch, await_health
+from harness.errors import UserError
+from harness.host import Running, child_environment
 from harness.models import Model
 from harness.plan import Plan
 from harness.probe import probe, served_length
-from harness.serve import DTYPES, GIB, MAX_STOPS, Served, Weights, child_environment, difference, longest
+from harness.serve import DTYPES, GIB, MAX_STOPS, Served, Weights, difference, longest
 from tasks import LLM
 
 OVERHEAD_GIB = 4  # torch, and the logits of a batch of prompts (``hf_server.LOGITS_BYTES``, twice over)
@@ -35,13 +38,15 @@ class Transformers:
     """``harness/hf_server.py`` as a child process, one for each plan, which it carries out on the model in memory.
 
     dtype: of weights and activations; ``auto`` keeps the checkpoint's. max_model_len: longest prompt plus completion in
-    tokens; the model's own limit if that is smaller. batch: requests computed together.
+    tokens; the model's own limit if that is smaller. batch: requests computed together. startup_timeout_s: that a start
+    may take. silence_timeout_s: that a server in use may give no sign of life.
     """
 
     dtype: str
     max_model_len: int
     batch: int
     startup_timeout_s: float
+    silence_timeout_s: float
 
     reads_plans = True
 
@@ -86,28 +91,15 @@ class Transformers:
 
         Raises StageError, with the log's decisive line, if it dies or does not come up in time.
         """
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + self.startup_timeout_s
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "harness.hf_server", *self._arguments(weights, name), "--port", str(port)],
-                stdin=subprocess.PIPE,  # the server ends when our end closes, however we end
-                stdout=output,
-                stderr=output,
-                env=child_environment(),
-                start_new_session=True,  # Ctrl-C reaches only the harness, which ends the server
-            )
-        try:
-            await_health(url, process.poll, deadline, log)
-            llm = LLM(url, name, str(weights.folder), served_length(url, name), MAX_STOPS, self.batch)
-            yield Served(llm, "transformers", _weight_bytes(log), self._difference(llm, weights, log))
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if process.stdin:
-                process.stdin.close()
+        with _running(self._arguments(weights, name), log) as running:
+            await_health(running, deadline, log)
+            length = served_length(running.url, name)
+            llm = LLM(running.url, name, str(weights.folder), length, MAX_STOPS, self.batch)
+            with Watch(running, functools.partial(_ask, running.url), self.silence_timeout_s, log).looking() as watch:
+                with watch.blamed():
+                    found = difference(llm, probe(llm), weights, self.dtype)
+                yield Served(llm, "transformers", _weight_bytes(log), found, watch=watch)
 
     def _arguments(self, weights: Weights, name: str) -> list[str]:
         length = min(self.max_model_len, longest(weights.folder, self.max_model_len))
@@ -117,11 +109,40 @@ class Transformers:
             *(("--plan", str(weights.file)) if weights.file else ()),
         ]
 
-    def _difference(self, llm: LLM, weights: Weights, log: Path) -> float | None:
-        try:
-            return difference(llm, probe(llm), weights, self.dtype)
-        except StageError as error:
-            raise StageError(f"{error}\n{failure(log)}") from error
+
+@contextmanager
+def _running(arguments: list[str], log: Path) -> Iterator[Running]:
+    """The server as a child process; on leaving, none of its processes is left."""
+    with socket.socket() as listening, log.open("wb") as output:
+        listening.bind(("127.0.0.1", 0))  # handed over: nothing can come between choosing a port and taking it
+        port, descriptor = listening.getsockname()[1], listening.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "harness.hf_server", *arguments, "--fd", str(descriptor)],
+            stdin=subprocess.PIPE,  # the server ends when our end closes, however we end
+            stdout=output,
+            stderr=output,
+            env=child_environment(),
+            pass_fds=[descriptor],
+            start_new_session=True,  # Ctrl-C reaches only the harness, which ends the server
+        )
+
+    def kill() -> None:
+        if process.poll() is None:  # else its number may be another's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    try:
+        yield Running(port, process.poll, kill)
+    finally:
+        kill()
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
+
+
+def _ask(url: str, timeout_s: float) -> None:
+    """Have the server answer. Raises httpx.HTTPError if it does not."""
+    httpx.get(f"{url}/health", timeout=timeout_s, trust_env=False).raise_for_status()
 
 
 def _weight_bytes(log: Path) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 import sys
 import threading
 import time
@@ -317,7 +318,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--port", type=int, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--port", type=int, help="of 127.0.0.1")
+    where.add_argument("--fd", type=int, help="of a socket that is bound already, inherited")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32)
@@ -328,7 +331,10 @@ def main() -> None:
     print(f"weights: {weights} bytes", flush=True)
     completer = Completer(model, AutoTokenizer.from_pretrained(asked.model))
     service = Service(completer, asked.name, asked.max_model_len, asked.batch)
-    web.run_app(service.app(), host="127.0.0.1", port=asked.port, print=None, access_log=None)
+    listening = (
+        socket.socket(fileno=asked.fd) if asked.fd is not None else socket.create_server(("127.0.0.1", asked.port))
+    )
+    web.run_app(service.app(), sock=listening, print=None, access_log=None)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
 
 SCHEMA = 1
+LARGEST = 64 * 2**20  # bytes of a plan's file; one of a few KB is usual, one of 60 layers of 384 experts has 1.5 MB
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class LayerPlan:
         experts = len(self.routes)
         assert all(slot for slot in self.slots), "a slot without a source"
         assert all(0 <= source.expert < experts for slot in self.slots for source in slot), "a source out of range"
+        assert all(source.weight >= 0 for slot in self.slots for source in slot), "a negative share"
+        assert all(len({source.expert for source in slot}) == len(slot) for slot in self.slots), "a source twice"
         assert all(abs(sum(source.weight for source in slot) - 1) < 1e-6 for slot in self.slots), "weights sum to 1"
         used = {route for route in self.routes if route is not None}
         assert used == set(range(len(self.slots))), "every slot has a router row and every route has a slot"
@@ -171,25 +176,86 @@ def to_json(plan: Plan) -> str:
     return json.dumps(document, indent=1)
 
 
-def from_json(text: str) -> Plan:
-    """Raises UserError if the text is no plan of this schema."""
+def read(file: Path) -> Plan:
+    """The plan in a file. Raises UserError if it cannot be read or is none."""
     try:
-        document = json.loads(text)
+        if not file.is_file():
+            raise UserError(f"There is no plan file {file}. Plans of runs are in <store>/plans/.")
+        if (size := file.stat().st_size) > LARGEST:
+            raise UserError(f"{file} is no plan: it has {size:,} bytes, and a plan at most {LARGEST:,}.")
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Plans of runs are in <store>/plans/.") from error
+    return from_json(text)
+
+
+def from_json(text: str) -> Plan:
+    """Raises UserError if the text is no plan of this schema, and nothing but that."""
+    try:
+        document = json.loads(text, object_pairs_hook=_once)
+        _check_kind(document, dict, "a plan")
+        _check_kind(document["schema"], int, "schema")
         if document["schema"] != SCHEMA:
             raise UserError(f"The plan has schema {document['schema']}; this version reads schema {SCHEMA}.")
-        layers = {
-            int(index): LayerPlan(
-                slots=tuple(tuple(Source(int(e), float(w)) for e, w in slot) for slot in layer["slots"]),
-                routes=tuple(layer["routes"]),
-                align=layer.get("align", False),
-            )
-            for index, layer in document["layers"].items()
-        }
+        if unknown := document.keys() - {"schema", "layers", "provenance"}:
+            raise ValueError(f"a plan has no {sorted(unknown)}")
+        _check_kind(document["layers"], dict, "layers")
+        _check_provenance(document["provenance"])
+        layers = {_layer_index(index): _layer(layer) for index, layer in document["layers"].items()}
         return Plan(layers, document["provenance"])
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError, OverflowError, RecursionError) as error:
         raise UserError(
             f"This is not a readable plan: {error!r}. One in <store>/plans/ is made again when it is deleted."
         ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON. Raises ValueError for a name that is there twice, of which one would silently count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _check_kind(value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise TypeError for a value of another JSON type: True is no number here."""
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise TypeError(f"{what} is {type(value).__name__}")
+
+
+def _check_provenance(about: Any) -> None:
+    """Model cards and logs quote these."""
+    _check_kind(about, dict, "provenance")
+    for name in ("ratio", "seconds"):
+        _check_kind(about.get(name, 0), (int, float), f"provenance.{name}")
+        if not math.isfinite(about.get(name, 0)):
+            raise ValueError(f"provenance.{name} is not finite")
+    _check_kind(about.get("label", ""), str, "provenance.label")
+
+
+def _layer_index(text: str) -> int:
+    if text != str(int(text)):
+        raise ValueError(f"layer {text!r}")
+    return int(text)
+
+
+def _layer(layer: Any) -> LayerPlan:
+    _check_kind(layer, dict, "a layer")
+    if unknown := layer.keys() - {"slots", "routes", "align"}:
+        raise ValueError(f"a layer has no {sorted(unknown)}")
+    for route in layer["routes"]:
+        if route is not None:
+            _check_kind(route, int, "a route")
+    align = layer.get("align", False)
+    _check_kind(align, bool, "align")
+    slots = tuple(tuple(_source(*pair) for pair in slot) for slot in layer["slots"])
+    return LayerPlan(slots, tuple(layer["routes"]), align)
+
+
+def _source(expert: Any, weight: Any) -> Source:
+    _check_kind(expert, int, "an expert")
+    _check_kind(weight, (int, float), "a share")
+    return Source(expert, float(weight))
 
 
 def _layers_to_json(layers: Mapping[int, LayerPlan]) -> dict[str, Any]:

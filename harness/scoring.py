@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from harness import checkpoint, stages, throughput
-from harness.errors import StageError, UserError
+from harness.errors import StageError, UserError, during, log_tail_of, stage_of
+from harness.host import without_secrets
 from harness.plan import Plan
 from harness.provenance import provenance
-from harness.serve import Served, Weights
+from harness.serve import Served, Weights, in_words
 from harness.spec import SCORE_SCHEMA, Cell
 from harness.stats import Stats
 from harness.store import Store, key, remove, say
@@ -36,12 +37,36 @@ class Serving:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a task has no score. stage: that broke. error: the message, or the whole traceback of what nobody foresaw.
+    log_tail: last lines of the server's log, where a server was involved. No text holds a secret of the environment.
+    """
+
+    stage: str
+    error: str
+    log_tail: str | None
+
+    @classmethod
+    def of(cls, problem: Exception) -> Failure:
+        known = isinstance(problem, StageError | UserError)
+        words = str(problem) if known else "".join(traceback.format_exception(problem))
+        return cls(stage_of(problem) or "prepare", without_secrets(words.strip()), log_tail_of(problem))
+
+    @property
+    def happened(self) -> str:
+        """In one line: of a traceback, its last."""
+        lines = self.error.splitlines() or ["nothing is known"]
+        return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
 @contextmanager
 def serving(cell: Cell, made: Plan, store: Store) -> Iterator[Serving]:
     """The compressed model at a URL: the plan itself where the server reads plans, else a checkpoint, which is written,
     checked, and deleted afterwards unless ``keep_checkpoints``.
     """
-    cell.serve.check_plan(cell.model, made)
+    with during("serve"):
+        cell.serve.check_plan(cell.model, made)
     seconds = {"export": 0.0}
     with _weights(cell, made, store, seconds) as weights:
         log = store.path("logs", f"{cell.slug}-{made.digest[:16]}.log")
@@ -49,9 +74,9 @@ def serving(cell: Cell, made: Plan, store: Store) -> Iterator[Serving]:
         start = time.perf_counter()
         give_back_memory()
         name = f"{cell.slug}-{secrets.token_hex(4)}"  # so that no other run's server can be taken for ours
-        with cell.serve.serve(weights, name, log) as served:
+        with during("serve"), cell.serve.serve(weights, name, log) as served:
             seconds["serve"] = time.perf_counter() - start
-            say("serve", cell.slug, f"{seconds['serve']:.1f} s, {served.how}")
+            say("serve", cell.slug, f"{seconds['serve']:.1f} s, {served.how}{in_words(served.changed_settings)}")
             yield Serving(served, seconds)
 
 
@@ -85,7 +110,7 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
         checkpoint.verify(path, cell.model)
 
     start = time.perf_counter()
-    with store.locked("serving", name):
+    with during("export"), store.locked("serving", name):
         if store.path("checkpoints", name).exists():  # kept from an earlier run: it may have been damaged since
             checkpoint.verify(store.path("checkpoints", name), cell.model)
         folder = store.once("checkpoints", name, make)
@@ -109,7 +134,7 @@ def score_name(cell: Cell, made: Plan, task: Task) -> str:
 def score(cell: Cell, made: Plan, task: Task, serving: Serving, store: Store) -> None:
     """Score the served model on one task and keep the score and every sample. Raises StageError."""
     name = score_name(cell, made, task)
-    with store.locked("scores", name):
+    with during("score"), store.locked("scores", name):
         if not scored(cell, made, task, store):  # nobody else did it while we waited
             _score(cell, name, task, serving, store)
 
@@ -118,7 +143,7 @@ def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) ->
     start = time.perf_counter()
     served = serving.served
     before = throughput.counters(served.llm.url)
-    with store.workspace(name) as work:
+    with store.workspace(name) as work, served.watch.blamed() if served.watch else nullcontext():
         found = task.score(served.llm, work)
     speed = throughput.between(before, throughput.counters(served.llm.url), found.answering_s)
     seconds = {**serving.seconds, "score": time.perf_counter() - start}
@@ -131,7 +156,7 @@ def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) ->
         "task_identity": dict(task.identity()),
         "served_by": dict(cell.serve.identity()),
         "served": {
-            **{name: getattr(served, name) for name in ("how", "weight_bytes", "difference")},
+            **{name: getattr(served, name) for name in ("how", "weight_bytes", "difference", "changed_settings")},
             "throughput": None if served.how == "mask" else speed,  # all experts are still there
         },
         "provenance": provenance(),
@@ -163,19 +188,15 @@ def has_score(cell: Cell, task: Task, store: Store) -> bool:
 
 
 @contextmanager
-def noting(errors: dict[str, str], tasks: Iterable[Task]) -> Iterator[None]:
+def noting(failures: dict[str, Failure], tasks: Iterable[Task]) -> Iterator[None]:
     """Turn a failure inside this context into the reason why these tasks have no score; the sweep goes on."""
     try:
         yield
-    except (StageError, UserError) as problem:
-        reason = str(problem)
-    except Exception:  # a bug of ours or of a library's: kept in full
-        reason = traceback.format_exc()
-    else:
-        return
-    for task in tasks:
-        errors.setdefault(task.name, reason)
-    say("failed", ", ".join(task.name for task in tasks), reason.strip().splitlines()[-1])
+    except Exception as problem:
+        failure = Failure.of(problem)
+        for task in tasks:
+            failures.setdefault(task.name, failure)
+        say("failed", ", ".join(task.name for task in tasks), f"{failure.stage}: {failure.happened}")
 
 
 def _check_score(task: Task, found: Score) -> None:
@@ -222,35 +243,64 @@ def _remade(cell: Cell, made: Plan, store: Store) -> dict[str, Any]:
     return {"recovery": stages.remake_report(folder)} if cell.recovery and folder.exists() else {}
 
 
-def record(cell: Cell, given: Stats | None, made: Plan | None, task: Task, error: str | None, store: Store) -> None:
-    """One JSON for one cell on one task: what was asked, what it is made of, and either its score or why it failed."""
+def record(
+    cell: Cell, given: Stats | None, made: Plan | None, task: Task, failure: Failure | None, store: Store, run: str
+) -> None:
+    """One JSON for one cell on one task: what was asked, what it is made of, and either its score or why it failed.
+
+    run: id of the run that says so. Raises DiskFullError if not even this can be written.
+    """
+    facts: dict[str, Any] = {}
+    try:
+        with during("record"):
+            if given is not None and made is not None:
+                facts = _made_of(cell, given, made, store)
+                if failure is None:
+                    _add_score(facts, score_name(cell, made, task), store)
+    except Exception as problem:  # of a folder that was damaged meanwhile: neither a number, nor the end of the sweep
+        failure = failure or Failure.of(problem)
+    if failure and has_score(cell, task, store):  # another run may have finished what failed here
+        return
     document: dict[str, Any] = {
-        "status": "failed" if error else "done",
+        "status": "failed" if failure else "done",
         **cell.row._asdict(),
         "method": type(cell.method).__module__.removeprefix("methods."),
         "task": task.name,
+        "run": run,
         "cell": cell.identity(),
         "original": {"parameters": cell.model.parameters, "bytes": cell.model.nbytes},
-        "error": error,
+        "error": None,
+        **facts,
     }
-    if given is not None and made is not None:
-        document["plan"] = made.digest
-        document["peak_memory"] = given.provenance.get("peak_memory", {})
-        document["calibration_tokens"] = given.provenance.get("number_of_tokens", 0)
-        document["size"] = asdict(_size(cell, made, store))
-        document["seconds"] = {
+    if failure:
+        asked = f"{cell.slug} on {task.name}"
+        document |= {**asdict(failure), "reason": f"{asked}: {failure.stage} failed. {failure.happened}"}
+    store.write_json("records", cell.record_name(task), document)
+
+
+def _made_of(cell: Cell, given: Stats, made: Plan, store: Store) -> dict[str, Any]:
+    """What a cell's weights are, and what it took to make them."""
+    remade = _remade(cell, made, store)
+    return {
+        "plan": made.digest,
+        "peak_memory": given.provenance.get("peak_memory", {}),
+        "calibration_tokens": given.provenance.get("number_of_tokens", 0),
+        "size": asdict(_size(cell, made, store)),
+        "seconds": {
             "calibrate": given.provenance.get("seconds", 0.0),
             "barriers": given.provenance.get("seconds_barriers", 0.0),
             "plan": made.provenance["seconds"],
-        }
-        document["search"] = made.provenance.get("search", {})
-        document |= _remade(cell, made, store)
-        document["seconds"]["recover"] = document.get("recovery", {}).get("seconds", 0.0)
-        if not error:
-            name = score_name(cell, made, task)
-            found = store.read_json("scores", name)
-            assert found is not None, f"{task.name} neither failed nor has a score"
-            document["seconds"] |= found.pop("seconds")
-            document |= found | {"score": name}
-    if not (error and has_score(cell, task, store)):  # another run may have finished what failed here
-        store.write_json("records", cell.record_name(task), document)
+            "recover": remade.get("recovery", {}).get("seconds", 0.0),
+        },
+        "search": made.provenance.get("search", {}),
+        **remade,
+    }
+
+
+def _add_score(facts: dict[str, Any], name: str, store: Store) -> None:
+    """The score of these weights, and the seconds it took, to what is known of them. Raises StageError without one."""
+    found = store.read_json("scores", name)
+    if found is None:
+        raise StageError(f"The score {name} was there and is gone.")
+    facts["seconds"] |= found.pop("seconds")
+    facts |= found | {"score": name}

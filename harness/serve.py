@@ -15,18 +15,18 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from harness import checkpoint
-from harness.engine import Engine, await_health, free_port
-from harness.errors import StageError, UserError
-from harness.host import Host, failure
+from harness.engine import Engine, Watch, await_health
+from harness.errors import StageError, UserError, keep_log, log_tail_of
+from harness.host import Host, child_environment, read
 from harness.models import Model
 from harness.plan import Plan
 from harness.probe import Expected, check_tokenizer, compare, probe, probe_tokens, served_length
@@ -36,7 +36,6 @@ from tasks import LLM
 
 GIB = 2**30
 OVERHEAD_GIB = 3  # a server's own memory beside weights and cache: 2 GiB were measured
-SECRETS = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Mean difference from transformers in float32 that is allowed, in nats per token. Served in float32 it is 0.00001; in
 # 16 bits up to 0.09 on the embedded model, whose router then chooses otherwise here and there, and other plans are 1.1
@@ -44,6 +43,20 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 EXACT_NATS, ROUNDED_NATS = 0.001, 0.25
 NOISES, MOST_NATS = 2, 1.0  # in 16 bits, so many times what rounding changes in transformers is allowed on top, at most
 HOW = ("checkpoint", "plan", "swap", "mask")
+RETRIES = 2  # of a start for which memory did not suffice, each with smaller settings, or whose port was taken
+LEAST_UTILIZATION, MOST_UTILIZATION = 0.1, 0.95
+# What vLLM, PyTorch and the kernel say when memory does not suffice. The kernel says nothing: an engine that it kills
+# ends without a word, and the server before it only knows that it has ended.
+LITTLE_FREE = re.compile(
+    r"\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired (?:GPU|CPU) memory utilization", re.DOTALL
+)
+NO_CACHE = re.compile("No available memory for the cache blocks|larger than the available KV cache memory")
+OUT_OF_MEMORY = re.compile(
+    r"[Oo]ut of memory|OutOfMemoryError|MemoryError|std::bad_alloc|[Cc]an(?:'t|not) allocate memory|"
+    r"is less than requested memory for kv|was killed by SIGKILL|(?:core proc\(s\): \{[^}]*|exit code: )-9|"
+    r"Cause: RuntimeError: Engine core initialization failed"
+)
+PORT_TAKEN = re.compile("Address already in use|EADDRINUSE")
 MAX_STOPS = 64  # stop sequences a request may carry: EvalPlus uses 11, vLLM allows 4 unless told otherwise
 
 
@@ -71,13 +84,17 @@ class Served:
     to the plan or checkpoint), ``mask`` (a running engine whose routers are barred from dropped experts), ``external
     server``.
     weight_bytes: memory of the weights; None where it is not the plan's (mask) or not known. difference: of the probe's
-    log-probabilities from the expected ones, mean in nats; None where these are not known.
+    log-probabilities from the expected ones, mean in nats; None where these are not known. changed_settings: those that
+    the server was started with instead of those asked for, because memory did not suffice: [asked, used] by name.
+    watch: looks after the server while it is used; None where it is not ours.
     """
 
     llm: LLM
     how: str
     weight_bytes: int | None = None
     difference: float | None = None
+    changed_settings: Mapping[str, list] = field(default_factory=dict)
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,8 @@ class VLLM:
     kv_cache_gib: memory of the key-value cache on a CPU.
     gpu_memory_utilization: share of a GPU's memory that vLLM takes.
     enforce_eager: no compilation and no CUDA graphs. Faster for tiny models, slower for large ones on a GPU.
+    startup_timeout_s: that a start, or a turn to another plan, may take.
+    silence_timeout_s: that a server in use may give no sign of life; a step of the model may not take longer.
     extra_args: further arguments of ``vllm serve``, for example ("--tensor-parallel-size", "2").
     """
 
@@ -104,6 +123,7 @@ class VLLM:
     gpu_memory_utilization: float
     enforce_eager: bool
     startup_timeout_s: float
+    silence_timeout_s: float
     extra_args: tuple[str, ...]
 
     def check(self, weight_bytes: int = 0) -> None:
@@ -205,46 +225,100 @@ class VLLM:
         """Serve the weights as ``name`` on 127.0.0.1; the server's output goes to ``log``.
 
         On leaving, however that happens, no process is left, but for an engine that is kept for the next plan: it ends
-        with the harness, however that ends. Raises StageError, with the log's decisive line, if the server dies or does
-        not come up in time, or if its log-probabilities are not finite.
+        with the harness, however that ends. Where memory does not suffice, it is started with smaller settings.
+
+        Raises StageError, with the log's decisive line, if the server dies or does not come up in time, or if its
+        log-probabilities are not finite.
         """
         turns = weights.plan is not None or weights.base is not None
         if not turns or self.how not in ("swap", "mask"):
             release()  # an engine that was kept would hold the memory
-            with self._started(weights, name, log) as engine:
-                how = "checkpoint" if weights.plan is None else "plan"
-                yield Served(engine.llm, how, engine.weight_bytes(), self._probe(engine, weights))
+            with self._started(weights, name, log) as engine, self._watch(engine) as watch:
+                served = Served(engine.llm, "checkpoint" if weights.plan is None else "plan", engine.weight_bytes())
+                yield replace(served, **self._checked(engine, weights, watch))
             return
-        served = self._turned(weights, name, log)
+        engine, served = self._turned(weights, name, log)
         try:
-            yield served
+            with self._watch(engine) as watch:
+                yield replace(served, watch=watch)
         except BaseException:
             release()
             raise
 
+    def _watch(self, engine: Engine) -> AbstractContextManager[Watch]:
+        """From when the weights are there: what changes them has a time limit of its own."""
+        return Watch(engine.running, engine.ask, self.silence_timeout_s, engine.log).looking()
+
     @contextmanager
     def _started(self, weights: Weights, name: str, log: Path) -> Iterator[Engine]:
-        """A new engine for the weights; ended on leaving."""
+        """A new engine for the weights, with smaller settings where memory does not suffice; ended on leaving."""
+        settings, tried = self, [self]
+        with ExitStack() as running:
+            while True:
+                try:
+                    engine = running.enter_context(settings._start(weights, name, log))
+                    break
+                except StageError as problem:
+                    instead = settings.instead(f"{problem}\n{read(log)}") if len(tried) <= RETRIES else None
+                    if instead is None:
+                        raise _given_up(problem, tried) from problem
+                    tried.append(instead)
+                    say("serve", name, f"is started again{in_words(instead.changed_from(self))}: {problem}")
+                    settings = instead
+            engine.changed = settings.changed_from(self)
+            yield engine
+
+    @contextmanager
+    def _start(self, weights: Weights, name: str, log: Path) -> Iterator[Engine]:
         deadline = time.monotonic() + self.startup_timeout_s
         log.write_bytes(b"")
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
         host = self._host(log, deadline)
-        with host.running([*self._arguments(weights, name), "--port", str(port)], log) as exit_status:
-            await_health(url, exit_status, deadline, log)
-            llm = LLM(url, name, str(weights.folder), served_length(url, name), MAX_STOPS, self.max_num_seqs)
-            engine = Engine(llm, log, exit_status, self.startup_timeout_s)
+        with host.running(self._arguments(weights, name), log) as running:
+            await_health(running, deadline, log)
+            length = served_length(running.url, name)
+            llm = LLM(running.url, name, str(weights.folder), length, MAX_STOPS, self.max_num_seqs)
+            engine = Engine(llm, log, running, self.startup_timeout_s)
             if weights.plan is not None:
                 engine.plan = weights.plan.digest
             yield engine
 
-    def _turned(self, weights: Weights, name: str, log: Path) -> Served:
+    def instead(self, words: str) -> VLLM | None:
+        """The settings to start with after a start that ended with these words, log included: the same if a port was
+        taken, smaller ones if memory did not suffice; None if neither is so, or nothing can be made smaller.
+
+        What determines numbers stays: the length of sequences, and the type that is computed in.
+        """
+        if PORT_TAKEN.search(words):
+            return self
+        step = -0.1
+        if found := LITTLE_FREE.search(words):
+            step = min(-0.05, float(found[1]) / float(found[2]) - 0.02 - self.gpu_memory_utilization)
+        elif NO_CACHE.search(words):
+            step = 0.05
+        elif not OUT_OF_MEMORY.search(words):
+            return None
+        on_cpu = _is_cpu_build()
+        share = min(max(self.gpu_memory_utilization + step, LEAST_UTILIZATION), MOST_UTILIZATION)
+        smaller = replace(
+            self,
+            max_num_seqs=max(1, self.max_num_seqs // 2),
+            kv_cache_gib=max(1, self.kv_cache_gib // 2) if on_cpu else self.kv_cache_gib,
+            gpu_memory_utilization=self.gpu_memory_utilization if on_cpu else round(share, 2),
+        )
+        return None if smaller == self else smaller
+
+    def changed_from(self, asked: VLLM) -> dict[str, list]:
+        """Which settings are not those asked for: [asked, used] by name."""
+        pairs = {each.name: [getattr(asked, each.name), getattr(self, each.name)] for each in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def _turned(self, weights: Weights, name: str, log: Path) -> tuple[Engine, Served]:
         """The kept engine, turned to the plan; a new one if there is none, or if turning it did not work."""
         global _kept
         folder = weights.base or weights.folder
         if _kept is not None and _kept.fits(self, folder):
             try:
-                return self._turn(_kept.engine, weights)
+                return _kept.engine, self._turn(_kept.engine, weights)
             except StageError as problem:
                 say("serve", name, f"a new engine is started: {str(problem).splitlines()[0]}")
         release()
@@ -252,7 +326,7 @@ class VLLM:
             first = Weights(folder) if weights.base or self._masks(weights) else weights
             engine = running.enter_context(self._started(first, name, log))
             _kept = _Kept(self, folder, engine, running.pop_all())
-        return self._turn(engine, weights)
+        return engine, self._turn(engine, weights)
 
     def _turn(self, engine: Engine, weights: Weights) -> Served:
         """Make a running engine serve the weights, and probe it. Raises StageError; then it is ended, as not sound."""
@@ -275,7 +349,8 @@ class VLLM:
                     engine.swap(weights.plan, weights.file)
                 size = engine.weight_bytes()
             engine.is_new = False
-            return Served(engine.llm, how, size, self._probe(engine, weights))
+            with self._watch(engine) as watch:
+                return replace(Served(engine.llm, how, size), **self._checked(engine, weights, watch))
         except BaseException:
             release()
             raise
@@ -289,12 +364,14 @@ class VLLM:
         groups = Model("", str(weights.folder)).config.get("n_group") or 1
         return self.how == "mask" and weights.plan.only_prunes and int(groups) == 1
 
-    def _probe(self, engine: Engine, weights: Weights) -> float | None:
-        """Difference from the expected log-probabilities. Raises StageError if it is too large or one is not finite."""
-        try:
-            return difference(engine.llm, probe(engine.llm), weights, self.dtype)
-        except StageError as error:
-            raise StageError(f"{error}\n{failure(engine.log)}") from error
+    def _checked(self, engine: Engine, weights: Weights, watch: Watch) -> dict[str, Any]:
+        """What is known of an engine once it has shown that it serves these weights: fields of `Served`.
+
+        Raises StageError if its log-probabilities are not finite, or too far from those expected.
+        """
+        with watch.blamed():
+            found = difference(engine.llm, probe(engine.llm), weights, self.dtype)
+        return {"difference": found, "changed_settings": engine.changed, "watch": watch}
 
     def _host(self, log: Path, deadline: float) -> Host:
         """The host of servers with these settings: started for the first, kept until the harness ends."""
@@ -329,6 +406,10 @@ class VLLM:
             "TORCHDYNAMO_DISABLE": "1" if self.enforce_eager else "0",
             "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS),
             "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc, at an address that only this machine reaches
+            # What vLLM and PyTorch open between their own processes, too, is for this machine alone.
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": loopback(),
+            "NCCL_SOCKET_IFNAME": loopback(),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }
@@ -420,10 +501,26 @@ def release() -> None:
             ending.running.close()
 
 
-def child_environment() -> dict[str, str]:
-    """Ours without secrets, and offline."""
-    kept = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
-    return {**kept, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+def loopback() -> str:
+    """Name of the network interface that only this machine reaches."""
+    addresses = psutil.net_if_addrs().items()
+    return next(name for name, found in addresses if any(each.address == "127.0.0.1" for each in found))
+
+
+def in_words(changed: Mapping[str, list]) -> str:
+    """Settings that are not those asked for; nothing if there are none."""
+    return "".join(f", {name} {used} instead of {asked}" for name, (asked, used) in changed.items())
+
+
+def _given_up(problem: StageError, tried: Sequence[VLLM]) -> StageError:
+    """The problem of the last start, and what was tried before it."""
+    if len(tried) == 1:
+        return problem
+    names = ("max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")
+    starts = [", ".join(f"{name} {getattr(each, name)}" for name in names) for each in tried]
+    told = StageError(f"{str(problem).rstrip('.')}. So it went in {len(tried)} starts: {'; '.join(starts)}.")
+    keep_log(told, log_tail_of(problem) or "")
+    return told
 
 
 def longest(folder: Path, default: int) -> int:

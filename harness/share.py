@@ -7,17 +7,19 @@ python -m harness.share plan=<file> model=tiny to=<folder>
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoint, stages
+from harness import checkpoint, combinations, stages
 from harness import plan as plans
-from harness.commandline import refuse_politely
+from harness.commandline import before_work, refuse_politely
 from harness.errors import UserError
 from harness.one_plan import OnePlan, one_plan, split
 from harness.provenance import provenance
+from harness.spec import Cell
 from harness.store import remove, say
 
 CARD, PLAN = "README.md", "plan.json"
@@ -27,8 +29,7 @@ def share(asked: OnePlan, folder: Path) -> None:
     """Write, check and describe the checkpoint; the folder appears when all of it is there."""
     if asked.remade is None:
         checkpoint.check_stock(asked.cell.model, asked.plan)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"to={folder} is there already and not empty. Name a new folder.")
+    check_new(folder)
     partial = folder.with_name(f".partial-{folder.name}")
     remove(partial)
     try:
@@ -48,6 +49,29 @@ def share(asked: OnePlan, folder: Path) -> None:
         partial.rename(folder)
     finally:
         remove(partial)
+
+
+def check_new(folder: Path) -> None:
+    """Raise UserError unless the folder is new, or empty, and can be made."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"to={folder}: {nearest} is a file, so there can be no folder. Name another.")
+    if nearest == folder and any(folder.iterdir()):
+        raise UserError(f"to={folder} is there already and not empty. Name a new folder.")
+    if not os.access(nearest if nearest != folder else folder.parent, os.W_OK | os.X_OK):
+        raise UserError(f"to={folder}: nothing may be written there. Name another folder.")
+
+
+def _check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"push={name} names no repository on the hub; write owner/name. {error}") from error
+    if name.count("/") != 1:
+        raise UserError(f"push={name} names no repository on the hub; write owner/name.")
 
 
 def card(asked: OnePlan, written: int) -> str:
@@ -121,13 +145,22 @@ def push(folder: Path, repository: str) -> str:
     return str(url)
 
 
+def _check_exported(cell: Cell) -> None:
+    if cell.recovery is None:
+        combinations.check_stock(cell)
+
+
 @refuse_politely
 def main() -> int:
     options, rest = split(sys.argv[1:], ("to", "push", "plan"))
-    if "to" not in options:
+    if not options.get("to", "").strip():
         raise UserError("Say where to: to=<folder>, a new one.")
     folder = Path(options["to"]).resolve()
-    asked = one_plan(rest, options.get("plan"))
+    with before_work():
+        check_new(folder)
+    if "push" in options:
+        _check_repository(options["push"])
+    asked = one_plan(rest, options.get("plan"), _check_exported)
     share(asked, folder)
     say("export", str(folder), f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
     found: dict[str, Any] = {"folder": str(folder)}

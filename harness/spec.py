@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import methods
-from harness import budget, checkpoint, remake
-from harness.build import CONF, build, one_message, option, shared
+from harness import budget, checkpoint, combinations, remake
+from harness.build import CONF, GROUPS, build, check_mapping, check_seed, one_message, option, shared
 from harness.data import Calibration
 from harness.errors import UserError
 from harness.hf import Transformers
@@ -219,16 +220,9 @@ class Cell:
         self.serve.check_model(self.model)
         if not self.tasks:
             raise UserError("The suite has no tasks, so there is nothing to score. Choose one of conf/suite/.")
-        if self.compresses and isinstance(self.serve, Server):
-            raise UserError(
-                f"{self.label} makes a model of its own, and {self.serve.url} serves another. Use serve=vllm, "
-                "or serve the compressed checkpoint yourself and score it there with method=none."
-            )
-        self._check_allocation()
+        combinations.check(self)
         if self.recovery is not None:
             self.recovery.check(self.model, self.method)
-        if self.compresses and "reconstruction" in self.needs and not self.calibration.held_out:
-            raise UserError(f"{self.label} needs held-out tokens. Set calibration.held_out to some sequences.")
         if self.compresses and not self.keeps_experts:
             budget.check_keep(self.keep, self.model.experts, self.ratio, self.model.config, self.model.top_k)
         known = (*ROUTED, *EXTRAS, *WEIGHTS, *BARRIERS, *MEASURES)
@@ -236,33 +230,6 @@ class Cell:
         if unknown:
             raise UserError(
                 f"{self.label} needs statistics nobody gathers: {sorted(unknown)}. There are {', '.join(known)}."
-            )
-
-    def _check_allocation(self) -> None:
-        """Raise UserError for counts that two would decide, that are asked for before a layer has been reached, or that
-        nothing later can take.
-        """
-        total = getattr(self.method, "counts", "layer") == "total"
-        if self.keeps_experts or (isinstance(self.allocation, Uniform) and not total):
-            return
-        if int(self.model.config.get("n_group") or 1) > 1:
-            raise UserError(
-                f"{self.label}: the router of {self.model.name} chooses among groups of experts (n_group), which the "
-                "counts of a search need not divide. Choose allocation=uniform and a method with one count for all."
-            )
-        if self.recovery is not None:
-            raise UserError(
-                f"{self.label}: recovery writes a stock checkpoint, which has one expert count for all layers, and "
-                "here each layer gets its own. Leave recovery out, or choose allocation=uniform and another method."
-            )
-        if isinstance(self.allocation, Uniform):
-            return
-        if total:
-            raise UserError(f"{self.label}: this method shares out the experts itself. Choose allocation=uniform.")
-        if self.in_sequence or "reconstruction" in self.method.needs:
-            raise UserError(
-                f"{self.label}: an allocation asks for the plan of a layer at every count, which this method cannot "
-                "give before it runs. Choose allocation=uniform, or a method that reads statistics alone."
             )
 
 
@@ -297,16 +264,18 @@ def _modules(module: ModuleType) -> list[ModuleType]:
 def cell_of(config: DictConfig) -> Cell:
     """Build the cell that a composed config describes. Raises UserError for values that make no sense."""
     try:
-        fields = dict(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+        own = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
+        fields = dict(OmegaConf.to_container(own, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not resolve: {one_message(error)}") from error
+    _check_fields(fields)
     ratio = budget.check_ratio(fields["ratio"])
-    seed = _whole_number(fields["seed"])
-    built, label = _method(fields["method"], fields.get("protect"))
+    seed = check_seed("seed", fields["seed"])
+    built, label = _method(fields["method"], fields["protect"])
     compresses = not isinstance(built, NoCompression)
     allocation, shares = _part("allocation", fields["allocation"] if compresses else _option("allocation", "uniform"))
-    recovery, remakes = _part("recovery", fields.get("recovery") if compresses else None)
-    if not compresses and (fields.get("recovery") or {}).get("drop_layers"):
+    recovery, remakes = _part("recovery", fields["recovery"] if compresses else None)
+    if not compresses and (fields["recovery"] or {}).get("drop_layers"):
         raise UserError("recovery.drop_layers goes with a method that compresses; method=none is the model as it is.")
     return Cell(
         model=shared("model", fields["model"]),
@@ -315,14 +284,67 @@ def cell_of(config: DictConfig) -> Cell:
         label=_label(label, "" if isinstance(allocation, Uniform) else shares, recovery, remakes),
         ratio=ratio if compresses else 0.0,
         seed=seed,
-        tasks=tuple(shared("suite", task) for task in fields["suite"]["tasks"]),
+        tasks=tuple(shared("suite", task) for task in _tasks(fields["suite"])),
         serve=build("serve", fields["serve"]),
         routing=_routing(fields["routing"]),
-        collect=frozenset(fields["collect"]),
+        collect=_names("collect", fields["collect"]),
         keep_checkpoints=_yes_or_no("keep_checkpoints", fields["keep_checkpoints"]),
         allocation=allocation,
         recovery=recovery,
     )
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Raise UserError for settings that nothing reads, and for numbers that no part could take. A group that was set to
+    null is null, as one that may be left out is.
+    """
+    known = _settings_of_a_cell()
+    if unknown := fields.keys() - known:
+        raise UserError(
+            f"Nothing would read the setting {', '.join(map(repr, sorted(map(str, unknown))))}. "
+            f"There are {', '.join(sorted(known))}."
+        )
+    for group in GROUPS:
+        fields.setdefault(group, None)
+    for name in ("method", "allocation", "protect", "recovery"):
+        if fields[name] is not None or name in ("method", "allocation"):
+            check_mapping(name, fields[name])
+        label = (fields[name] or {}).get("label")
+        if label is not None and not isinstance(label, str):
+            raise UserError(f"{name}.label={label} is no text for a table.")
+    for name, value in _leaves(fields):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} is not a finite number.")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{name}={value} is too large a number: nothing here takes one beyond 64 bits.")
+
+
+@functools.cache
+def _settings_of_a_cell() -> frozenset[str]:
+    """What conf/config.yaml has, and the groups whose options are one part of a cell."""
+    own = set(map(str, OmegaConf.load(CONF / "config.yaml"))) - {"defaults"}
+    return frozenset(own | set(GROUPS))
+
+
+def _leaves(value: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value of nested mappings and lists, with its name as one would set it."""
+    if isinstance(value, Mapping | list):
+        for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(part, f"{within}.{name}" if within else str(name))
+    else:
+        yield within, value
+
+
+def _tasks(suite: Any) -> list[Any]:
+    if not isinstance(suite, Mapping) or suite.keys() != {"tasks"} or not isinstance(suite["tasks"], list):
+        raise UserError(f"suite={suite} is no suite: it has one setting, tasks, a list. Choose one of conf/suite/.")
+    return suite["tasks"]
+
+
+def _names(setting: str, value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{setting}={value} is no list of names, such as [logit_gram].")
+    return frozenset(value)
 
 
 def _method(fields: Mapping[str, Any], protect: Mapping[str, Any] | None) -> tuple[Any, str]:
@@ -393,7 +415,7 @@ def _option(group: str, name: str) -> Mapping[str, Any]:
 
 
 def _routing(value: object) -> str:
-    if value not in ("actual", "paper"):
+    if not isinstance(value, str) or value not in ("actual", "paper"):
         raise UserError(f"routing={value} is not one of actual, paper.")
     return str(value)
 
@@ -402,9 +424,3 @@ def _yes_or_no(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{name}={value} is neither true nor false.")
     return value
-
-
-def _whole_number(seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UserError(f"seed={seed} is not a whole number from 0 up.")
-    return seed

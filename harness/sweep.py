@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.build import CONF, one_message
 from harness.errors import UserError
+from harness.overrides import parsed
 from harness.spec import Cell, cell_of, method_identity
 from harness.store import Store
 from tasks import Task
@@ -58,33 +59,66 @@ class Sweep:
 def expand(overrides: Sequence[str]) -> Sweep:
     """Compose every cell of the command line, without running any. Raises UserError."""
     arguments = [argument for argument in overrides if argument not in ("-m", "--multirun")]
-    if flags := [argument for argument in arguments if argument.startswith("-")]:
-        raise UserError(f"Unknown option {flags[0]}. Give settings as name=value, for example method=reap ratio=0.25.")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            first = compose("config", overrides=_single(arguments), return_hydra_config=True)
+            first = compose("config", overrides=first_values(arguments), return_hydra_config=True)
             params = [f"{name}={value}" for name, value in (first.hydra.sweeper.params or {}).items()]
-            parsed = OverridesParser.create().parse_overrides([*params, *arguments])
-            grid = itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None))
-            configs = [compose("config", overrides=list(job)) for job in grid]
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
+            asked = parsed([*params, *arguments])
+            configs = [first]
+            if any(override.is_sweep_override() for override in asked) or params:
+                grid = itertools.chain.from_iterable(BasicSweeper.split_arguments(asked, None))
+                configs = [compose("config", overrides=list(job)) for job in grid]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(one_message(error)) from error
     choices = first.hydra.runtime.choices
-    name = choices.get("experiment") or choices.get("sweep") or "run"
-    absent = {benchmark: reason for config in configs for benchmark, reason in config.absent.items()}
-    cells = tuple(cell_of(config) for config in configs if config.suite.tasks or not config.absent)
+    try:
+        return _sweep(choices.get("experiment") or choices.get("sweep") or "run", configs)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration does not resolve: {one_message(error)}") from error
+
+
+def _sweep(name: str, configs: Sequence[DictConfig]) -> Sweep:
+    absent = {benchmark: reason for config in configs for benchmark, reason in _absent(config).items()}
+    cells = tuple(
+        cell_of(config) for config in configs if not _absent(config) or OmegaConf.select(config, "suite.tasks")
+    )
     dry_run = _dry_run(configs[0])
     if not cells and not dry_run:
         reasons = " ".join(f"{benchmark}: {reason}." for benchmark, reason in absent.items())
         raise UserError(f"There is nothing to score here. {reasons}")
     _check_rows(cells)
-    return Sweep(name, cells, Store(Path(configs[0].store)), absent, dry_run)
+    return Sweep(name, cells, _store(configs), absent, dry_run)
 
 
 def _dry_run(config: DictConfig) -> bool:
     if not isinstance(config.dry_run, bool):
         raise UserError(f"dry_run={config.dry_run} is neither true nor false.")
     return config.dry_run
+
+
+def _absent(config: DictConfig) -> Mapping[str, str]:
+    if not isinstance(config.absent, Mapping):
+        raise UserError(f"absent={config.absent} is no list of benchmarks with the reason why they are not offered.")
+    return config.absent
+
+
+def _store(configs: Sequence[DictConfig]) -> Store:
+    """Where results are to be kept. Raises UserError where no folder is or can be made."""
+    given = configs[0].store
+    if any(config.store != given for config in configs):
+        raise UserError(f"store={given} and others: the cells of a sweep share one store. Name one folder.")
+    if not isinstance(given, str) or not given.strip():
+        raise UserError(f"store={given} names no folder. Name one, as store=results.")
+    root = Path(given)
+    try:
+        nearest = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise UserError(f"store={given} cannot be a folder: {error.strerror}.") from error
+    if not nearest.is_dir():
+        raise UserError(f"store={given}: {nearest} is a file, so there can be no folder. Name another.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"store={given}: nothing may be written in {nearest}. Name another folder.")
+    return Store(root)
 
 
 def _check_rows(cells: Sequence[Cell]) -> None:
@@ -109,12 +143,11 @@ def _settings(cell: Cell, task: Task) -> tuple:
     return cell.model, method, cell.ratio, parts, text, task, cell.serve.identity()
 
 
-def _single(arguments: Sequence[str]) -> list[str]:
+def first_values(arguments: Sequence[str]) -> list[str]:
     """The command line with the first value of each sweep (``method=a,b``): enough for a sweep file's parameters."""
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
     return [
         f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         if override.is_sweep_override()
         else given
-        for given, override in zip(arguments, parsed, strict=True)
+        for given, override in zip(arguments, parsed(arguments), strict=True)
     ]

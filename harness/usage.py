@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import jensenshannon
 
-from harness import stages
-from harness.commandline import refuse_politely
+from harness import checkpoint, gather
+from harness.commandline import before_work, check_texts, refuse_politely
 from harness.errors import UserError
 from harness.models import Model
 from harness.spec import Cell
@@ -40,8 +40,8 @@ SHUFFLES = 200
 
 def counts(cell: Cell, store: Store) -> np.ndarray:
     """Choices of each expert in each part of the cell's calibration set, int64 [parts, layers, experts]."""
-    ids = stages.tokens(cell, store)
-    name = key(parts=PARTS, **stages.observed(cell, ids)) + ".npy"
+    ids = gather.tokens(cell, store)
+    name = key(parts=PARTS, **gather.observed(cell, ids)) + ".npy"
     path = store.path("usage", name)
     say("usage", cell.calibration.name, "cached" if path.exists() else f"{ids.size} tokens")
 
@@ -136,9 +136,15 @@ def main() -> int:
     cells = {(cell.model.name, cell.calibration.name): cell for cell in sweep.cells}
     if len(cells) < 2 or len({name for name, _ in cells}) > 1:
         raise UserError("Name one model and several calibration sets, as in calibration=tiny_code,tiny_sums.")
-    for cell in cells.values():
-        cell.model.check_compressible()
-        cell.calibration.check()
+    if sweep.dry_run:
+        raise UserError("dry_run=true: this command has no bill. Leave it out.")
+    with before_work():
+        for cell in cells.values():
+            cell.model.check_compressible()
+            checkpoint.check_structure(cell.model)
+            cell.model.check_tokenizer()
+            cell.calibration.check()
+        check_texts([(cell.calibration, cell.model) for cell in cells.values()], sweep.store)
     sets = {name: counts(cell, sweep.store) for (_, name), cell in cells.items()}
     print(markdown(table(sets)), conclusion(sets), sep="\n\n")
     for suffix in ("png", "pdf"):

@@ -4,9 +4,12 @@ Most of a server's start-up is imports, in three processes. Here they happen onc
 runs this file, with a folder for temporary files, and speaks JSON lines with it: an order on standard input, an answer
 on standard output.
 
-    {"do": "start", "arguments": [...], "log": path}  ->  {"pid": p}
+    {"do": "start", "arguments": [...], "log": path}  ->  {"pid": p, "port": where it listens}
     {"do": "poll", "pid": p}                          ->  {"status": null, or the exit status of a server that ended}
+    {"do": "kill", "pid": p}                          ->  {}, and its end is told by a later order
     {"do": "stop", "pid": p}                          ->  {"status": exit status}
+
+The port is taken here, before the server is forked, and handed over: nothing can come between choosing and taking it.
 
 However the harness ends, also by SIGKILL, standard input closes, every server is killed and the folder removed: killed
 servers leave sockets in it.
@@ -23,6 +26,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -90,21 +94,28 @@ def _orders(parent: int) -> Iterator[dict[str, Any]]:
 
 def obey(order: dict[str, Any], servers: set[int], answers: int) -> dict[str, Any]:
     if order["do"] == "start":
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
         pid = os.fork()
         if pid == 0:
             os.close(answers)
-            _serve(order["arguments"], order["log"])
+            _serve([*order["arguments"], "--port", str(port)], order["log"], listening)
+        listening.close()
         servers.add(pid)
-        return {"pid": pid}
+        return {"pid": pid, "port": port}
     pid = order["pid"]
+    if order["do"] == "kill":
+        _signal(pid, signal.SIGKILL)
+        return {}
     if order["do"] == "poll" and not _has_exited(pid):
         return {"status": None}
     servers.discard(pid)
     return {"status": _end(pid, GRACE_SECONDS)}
 
 
-def _serve(arguments: list[str], log: str) -> NoReturn:
-    """Become vLLM's OpenAI server, in a session of its own and writing to the log."""
+def _serve(arguments: list[str], log: str, listening: socket.socket) -> NoReturn:
+    """Become vLLM's OpenAI server at this socket, in a session of its own and writing to the log."""
     status = 1
     try:
         os.setsid()
@@ -113,8 +124,10 @@ def _serve(arguments: list[str], log: str) -> NoReturn:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.argv = ["vllm", *arguments]
+        from vllm.entrypoints.launchers import launcher
         from vllm.entrypoints.launchers.api_server.entry import main as serve
 
+        launcher.create_server_socket = lambda *_, **__: listening  # vLLM would bind one of its own
         serve()
         status = 0
     except SystemExit as end:

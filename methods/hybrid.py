@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from harness.errors import UserError
 from harness.plan import LayerPlan
-from harness.stats import MEASURES, Stats
+from harness.stats import Stats
 from methods import LayerMethod, SequentialMethod
 
 
@@ -46,7 +46,7 @@ class Hybrid:
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.prune.needs | self.merge.needs | set(MEASURES)
+        return self.prune.needs | self.merge.needs | {"reconstruction"}
 
     def plan(self, stats: Stats, keep: Mapping[int, int]) -> dict[int, LayerPlan]:
         error = stats.error

@@ -14,24 +14,25 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from harness.errors import StageError, UserError
 from tasks import LLM, Item, Metric, Score
 from tasks.completions import Completion, complete, degenerate
-from tasks.evalplus_judge import SANDBOX, SCRATCH
+from tasks.sandbox import FORMS, NO_SANDBOX, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = Path(__file__).with_name("evalplus_judge.py")
 RELEASES = {"humaneval": ("HumanEvalPlus.jsonl.gz", 164), "mbpp": ("MbppPlus.jsonl.gz", 378)}  # file, problems
+UNSANDBOXED = "I accept that generated code runs on this machine without isolation"
 FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol", "contract")
 
 
@@ -42,7 +43,8 @@ class EvalPlus:
     dataset: ``humaneval`` or ``mbpp``, whose stop sequences and special oracles EvalPlus applies.
     problems: a file, absolute or relative to the project; left out, the dataset itself: as EvalPlus released it, or
     its copy in ``data_dir``/evalplus. limit: only the first problems. max_tokens: of a completion.
-    memory_gib: address space of a judged program (EvalPlus's own limit is 4).
+    memory_gib: address space of a judged program (EvalPlus's own limit is 4). unsandboxed: the sentence `UNSANDBOXED`
+    lets generated code run where no sandbox works; with one it changes nothing.
     """
 
     name: str
@@ -54,6 +56,7 @@ class EvalPlus:
     request_timeout_s: float = 600
     judge_timeout_s: float = 3600
     memory_gib: int = 4
+    unsandboxed: str | None = None
 
     kind = "code"
 
@@ -72,7 +75,7 @@ class EvalPlus:
         ids = [problem["task_id"] for problem in problems]
         if not ids or len(set(ids)) < len(ids):
             raise UserError(f"{self.name}: {self._path} must hold problems, each with a task_id of its own.")
-        check_sandbox(self.name)
+        self._isolation()
 
     def identity(self) -> dict[str, Any]:
         """EvalPlus's version, the problems by content, and the settings that can change a verdict."""
@@ -103,12 +106,14 @@ class EvalPlus:
         programs = {
             problem["task_id"]: prompt + text for problem, prompt, text in zip(problems, prompts, texts, strict=True)
         }
-        verdicts = judge(self.dataset, self._path, programs, workdir, self.memory_gib, self.judge_timeout_s)
+        form = self._isolation()
+        verdicts = judge(self.dataset, self._path, programs, workdir, self.memory_gib, self.judge_timeout_s, form)
         samples = [
             _sample(problem, completion, verdicts[problem["task_id"]])
             for problem, completion in zip(problems, completions, strict=True)
         ]
-        counts = {**degenerate(completions), **_ends(samples)}
+        isolated = "unsandboxed" if form == NO_SANDBOX else f"sandbox_{form}"
+        counts = {**degenerate(completions), **_ends(samples), isolated: len(samples)}
         return Score(_metrics(samples), samples, counts, answering_s)
 
     def items(self, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
@@ -124,6 +129,17 @@ class EvalPlus:
             )
             for sample in samples
         ]
+
+    def _isolation(self) -> str:
+        """How programs are isolated: the first form that works here. Raises UserError where none does."""
+        if self.unsandboxed not in (None, UNSANDBOXED):
+            raise UserError(f"{self.name}: unsandboxed must be left out, or be these words: {UNSANDBOXED}")
+        if (form := first_form()) is not None:
+            return form
+        if self.unsandboxed == UNSANDBOXED:
+            return NO_SANDBOX
+        words = "; ".join(f"{form}: {why_not(form)}" for form in FORMS)
+        raise UserError(f"{self.name}: this machine has no sandbox ({words}). {POSSIBLE}")
 
     @cached_property
     def _path(self) -> Path:
@@ -168,14 +184,19 @@ def judge(
     workdir: Path,
     memory_gib: int = 4,
     timeout_s: float = 3600,
+    form: str | None = None,
 ) -> dict[str, dict[str, str]]:
     """Verdicts of programs by task_id: solution, base and plus. See ``tasks/evalplus_judge.py``.
+
+    form: how programs are isolated (``tasks.sandbox``), which changes no verdict; left out, the first that works.
 
     A program that was judged in this process before is not run again, unless it was out of time or killed: models that
     lost little write much the same.
 
     Raises StageError if the judge fails, takes longer than ``timeout_s`` or leaves a program without a verdict.
     """
+    if (form := form or first_form()) is None:
+        raise StageError("Generated programs cannot be isolated on this machine.")
     about = (dataset, hashlib.sha256(problems.read_bytes()).hexdigest(), memory_gib)
     known = {
         task_id: _judged[*about, task_id, code]
@@ -183,7 +204,7 @@ def judge(
         if (*about, task_id, code) in _judged
     }
     new = {task_id: code for task_id, code in programs.items() if task_id not in known}
-    verdicts = known | (_run(dataset, problems, new, workdir, memory_gib, timeout_s) if new else {})
+    verdicts = known | (_run(dataset, problems, new, workdir, memory_gib, timeout_s, form) if new else {})
     if missing := programs.keys() - verdicts.keys():
         raise StageError(f"The judge gave no verdict on {len(missing)} of {len(programs)} programs: {sorted(missing)}")
     for task_id, code in new.items():
@@ -196,66 +217,67 @@ _judged: dict[tuple[str, str, int, str, str], dict[str, str]] = {}
 
 
 def _run(
-    dataset: str, problems: Path, programs: Mapping[str, str], workdir: Path, memory_gib: int, timeout_s: float
+    dataset: str,
+    problems: Path,
+    programs: Mapping[str, str],
+    workdir: Path,
+    memory_gib: int,
+    timeout_s: float,
+    form: str,
 ) -> dict[str, dict[str, str]]:
     job = workdir / "programs.jsonl"
     job.write_text("".join(json.dumps({"task_id": task_id, "code": code}) + "\n" for task_id, code in programs.items()))
-    done = _run_judge([dataset, str(problems.resolve()), str(job.resolve())], memory_gib, timeout_s)
+    done = _run_judge([form, dataset, str(problems.resolve()), str(job.resolve())], workdir, memory_gib, timeout_s)
     if done.returncode != 0:
         raise StageError(f"The judge of generated programs failed: {done.stderr[-2000:]}")
     return {row.pop("task_id"): row for row in map(json.loads, done.stdout.splitlines())}
 
 
-def check_sandbox(name: str) -> None:
-    """Raise UserError where generated programs cannot be isolated: they are not run without."""
-    possible = (
-        "Generated programs are only run isolated, which needs Linux 5.12 or later, unshare (util-linux) and user "
-        "namespaces: check `sysctl user.max_user_namespaces kernel.unprivileged_userns_clone "
-        "kernel.apparmor_restrict_unprivileged_userns`; in Docker add --security-opt seccomp=unconfined "
-        "--security-opt systempaths=unconfined. Or leave this task out."
-    )
-    if shutil.which(SANDBOX[0]) is None:
-        raise UserError(f"{name}: {SANDBOX[0]} is not installed. {possible}")
-    try:
-        done = _run_judge([], memory_gib=4, timeout_s=60)
-    except StageError as error:
-        raise UserError(f"{name}: {error} {possible}") from error
-    if done.returncode != 0:
-        words = done.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"{name}: this machine has no sandbox ({words[-1]}). {possible}")
+POSSIBLE = (
+    "Generated programs are only run isolated, by bubblewrap or by unshare (util-linux 2.36), which need user "
+    "namespaces: install bubblewrap; check `sysctl user.max_user_namespaces kernel.unprivileged_userns_clone "
+    "kernel.apparmor_restrict_unprivileged_userns`; in Docker add --security-opt seccomp=unconfined "
+    "--security-opt systempaths=unconfined. Or leave this task out. Or, if whatever a damaged model writes may read "
+    f"and delete this machine's files and use its network, say so: unsandboxed='{UNSANDBOXED}'"
+)
 
 
-def _run_judge(arguments: list[str], memory_gib: int, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def first_form() -> str | None:
+    """The best way to isolate programs that works on this machine."""
+    return next((form for form in FORMS if why_not(form) is None), None)
+
+
+@cache
+def why_not(form: str) -> str | None:
+    """Why programs cannot be isolated in this form on this machine; None if they can. Tried once."""
+    with tempfile.TemporaryDirectory(prefix="judge-") as folder:
+        try:
+            done = _run_judge([form], Path(folder), memory_gib=4, timeout_s=120)
+        except StageError as error:
+            return str(error)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def _run_judge(
+    arguments: list[str], workdir: Path, memory_gib: int, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
     reader, writer = os.pipe()  # the judge ends when our end closes, however we end
     try:
         return subprocess.run(
-            [*SANDBOX, sys.executable, "-P", str(JUDGE), *arguments],
+            [sys.executable, "-P", str(JUDGE), *arguments],
             stdin=reader,
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=_environment(memory_gib),
+            env={**environment(str(workdir)), "EVALPLUS_MAX_MEMORY_BYTES": str(memory_gib * 2**30)},
         )
     except subprocess.TimeoutExpired as error:
         raise StageError(f"The judge of generated programs was not done after {timeout_s} s.") from error
     finally:
         os.close(reader)
         os.close(writer)
-
-
-def _environment(memory_gib: int) -> dict[str, str]:
-    """All that generated programs can see of ours. One thread each, so that address space means memory."""
-    return {
-        "PATH": os.defpath,
-        "LANG": "C.UTF-8",
-        "HOME": SCRATCH,
-        "TMPDIR": SCRATCH,
-        "XDG_CACHE_HOME": SCRATCH,
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "EVALPLUS_MAX_MEMORY_BYTES": str(memory_gib * 2**30),
-    }
 
 
 def _stop_sequences(dataset: str) -> list[str]:

@@ -164,7 +164,7 @@ def test_records_are_named_by_what_determines_them() -> None:
     assert len(names) == len(different) + 1
 
 
-# Bad input. Each case: what is asked, and words the one message must hold.
+# Bad input. Each case: what is asked, and words the one message must hold. Hundreds more: tests/test_bad_inputs.py.
 
 CASES = {
     "unknown method": (["method=reep"], ["reep", "reap", "hc_smoe"]),
@@ -255,48 +255,6 @@ def refused(arguments: list[str], words: list[str], tmp_path: Path, monkeypatch,
     assert len(messages) == 1 and printed.out == "" and "Traceback" not in printed.err, printed.err
     assert [word for word in words if word not in messages[0]] == []
     assert not (tmp_path / "results").exists()
-
-
-def test_a_dense_model_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    refused([f"model.path={tmp_path}/dense"], ["dense", "num_experts"], tmp_path, monkeypatch, capsys)
-
-
-def test_a_broken_model_is_refused_before_any_work(tmp_path: Path, monkeypatch, capsys) -> None:
-    for name, damage in (("cut", _cut), ("router", _router_rows), ("config", _no_config)):
-        write_model("qwen3_moe", tmp_path / name)
-        damage(tmp_path / name)
-        refused([f"model.path={tmp_path}/{name}"], [str(tmp_path / name)], tmp_path, monkeypatch, capsys)
-
-
-def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
-    write_model("qwen3_moe", tmp_path / "model")
-    refused([f"model.path={tmp_path}/model"], ["no tokenizer"], tmp_path, monkeypatch, capsys)
-
-
-def test_a_broken_index_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
-    write_model("qwen3_moe", tmp_path / "model", max_shard_size="40KB")
-    (tmp_path / "model" / "model.safetensors.index.json").write_text("{")
-    refused([f"model.path={tmp_path}/model"], ["model.safetensors.index.json"], tmp_path, monkeypatch, capsys)
-
-
-def _cut(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-64])
-
-
-def _router_rows(folder: Path) -> None:
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('_experts": 8', '_experts": 6'))
-
-
-def _no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
 
 
 def test_the_exit_status_reaches_the_shell(tmp_path: Path) -> None:

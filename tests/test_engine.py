@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,26 +226,39 @@ def test_an_engine_that_still_answers_is_not_turned(tmp_path: Path) -> None:
     family = Family("qwen3_moe", model, some_plans(model.experts), tmp_path)
     with engine("swap").serve(family.weights("pruned"), "tiny", tmp_path / "log") as served:
         url = served.llm.url
-    busy = {"model": served.llm.model, "prompt": "x" * 20, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    busy = {"model": served.llm.model, "prompt": "x" * 20, "temperature": 0, "ignore_eos": True}
     over = threading.Event()
 
-    def keep_busy() -> None:
+    def keep_busy(tokens: int) -> None:
         with contextlib.suppress(httpx.HTTPError):
             while not over.is_set():
-                httpx.post(f"{url}/v1/completions", json=busy, timeout=60, trust_env=False)
+                asked = {**busy, "max_tokens": tokens}
+                httpx.post(f"{url}/v1/completions", json=asked, timeout=60, trust_env=False)
 
-    threads = [threading.Thread(target=keep_busy) for _ in range(4)]
+    # Of different lengths, or all would end in the same step, and the server would be idle for a moment.
+    threads = [threading.Thread(target=keep_busy, args=[tokens]) for tokens in (200, 171, 143, 119, 97, 83)]
     for thread in threads:
         thread.start()
     try:
+        wait_until_it_computes(url)
         with engine("swap").serve(family.weights("merged"), "tiny", tmp_path / "log") as served:
-            assert served.llm.url != url and served.how == "plan"
+            assert served.how == "plan" and served.llm.url != url
             assert difference(served, family.expected("merged")) < CLOSE
     finally:
         over.set()
         for thread in threads:
             thread.join()
     serve.release()
+
+
+def wait_until_it_computes(url: str) -> None:
+    """Until the server says that requests are in its batch."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        counts = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+        if re.search(r"^vllm:num_requests_running\{[^}]*\} [1-9]", counts, re.MULTILINE):
+            return
+    raise AssertionError("it never had a request")
 
 
 def test_an_engine_that_dies_between_plans_is_replaced(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_the_same_command_again_is_cached_and_prints_the_same(
     again = bench(store)
     assert again.stdout == done.stdout
     lines = again.stderr.splitlines()
-    assert len(lines) == 3 and all(line.endswith("cached") for line in lines)
+    assert len(lines) == 4 and all(line.endswith("cached") for line in lines[:3])
+    assert "3 cells: 0 done, 0 failed, 3 cached" in lines[3]
 
 
 def test_a_new_method_uses_the_statistics_that_are_there(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from harness.interrupt import GRACE_S
 from harness.models import ROOT
 from tests.runs import command, environment, temporary_files
 
@@ -38,6 +40,47 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path, how: str) -> None:
     assert psutil.wait_procs(running, timeout=20)[1] == []
     assert not ports & ports_of(psutil.process_iter())
     assert temporary_files(store) == []
+
+
+@pytest.mark.parametrize("how", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, 2])
+def test_while_a_server_starts_the_first_ends_it_soon_and_the_second_at_once(
+    tmp_path: Path, how: str, times: int
+) -> None:
+    store = tmp_path / "store"
+    process = subprocess.Popen(
+        command(store, f"serve={how}", "method=none", "suite=tiny_sums"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(store),
+    )
+    ours = psutil.Process(process.pid)
+    deadline = time.monotonic() + 120
+    while not any(
+        "_server" in " ".join(child.cmdline()) or "_host" in " ".join(child.cmdline()) for child in alive(ours)
+    ):
+        assert process.poll() is None and time.monotonic() < deadline, "it never started a server"
+        time.sleep(0.05)
+    running = ours.children(recursive=True)
+    start = time.monotonic()
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, errors = process.communicate(timeout=60)
+    took = time.monotonic() - start
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert took < (GRACE_S + 5 if times == 1 else 3), f"{took:.1f} s"
+    assert ("ended at once" in errors) == (times == 2) or took < 1, "it had ended before the second"
+    assert psutil.wait_procs(running, timeout=5)[1] == []
+    if times == 1:
+        assert temporary_files(store) == []
+
+
+def alive(process: psutil.Process) -> list[psutil.Process]:
+    """Its children that have not become zombies."""
+    return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def ports_of(processes: Iterable[psutil.Process]) -> set[int]:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from harness.errors import UserError
+from harness.plan import LayerPlan
 from harness.stats import Stats
 from methods import Method
 
@@ -46,6 +47,9 @@ class Allocation(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of the statistics it reads besides those of the method."""
 
+    def check(self, method: Method) -> None:
+        """Raise UserError, before any work, for methods whose experts it cannot count."""
+
     def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
         """Experts that each layer keeps: at least ``floor`` (or all there are), ``budget.kept`` in all."""
 
@@ -61,13 +65,18 @@ def orders(stats: Stats, method: Method, layers: Iterable[int], floor: int) -> d
     for count in range(min(floor, min(most.values())), max(most.values()) + 1):
         plans = method.plan(given, {layer: min(count, experts) for layer, experts in most.items()})
         for layer, experts in most.items():
-            if not plans[layer].only_prunes:
-                raise UserError(
-                    f"{type(method).__name__} merges experts, and an allocation is searched over pruned ones only. "
-                    "Choose allocation=uniform or a method that prunes."
-                )
+            check_prunes(method, plans[layer])
             kept[layer][min(count, experts)] = plans[layer].kept_rows
     return kept
+
+
+def check_prunes(method: Method, plan: LayerPlan | None) -> None:
+    """Raise UserError if a plan of the method merges, where one is known."""
+    if plan is not None and not plan.only_prunes:
+        raise UserError(
+            f"{type(method).__name__} merges experts, and an allocation is searched over pruned ones only. "
+            "Choose allocation=uniform or a method that prunes."
+        )
 
 
 def largest_remainder(weights: Mapping[int, float], capacity: Mapping[int, int], total: int) -> dict[int, int]:

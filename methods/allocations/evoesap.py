@@ -12,8 +12,9 @@ import numpy as np
 from harness.errors import UserError
 from harness.search import Search
 from harness.stats import Stats
+from harness.trial import trial_plan
 from methods import LayerMethod, Method
-from methods.allocations import Budget, largest_remainder, orders
+from methods.allocations import Budget, check_prunes, largest_remainder, orders
 
 Counts = tuple[int, ...]  # experts dropped of each layer
 
@@ -169,6 +170,10 @@ class EvoESAP:
     def searched_sequences(self) -> int:
         """Sequences through the model, at most."""
         return self.sequences * (self.population + (self.generations - 1) * (self.population - self.elites) + 1)
+
+    def check(self, method: Method) -> None:
+        ordered = self.order or method
+        check_prunes(ordered, trial_plan(ordered))
 
     def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
         kept = orders(stats, self.order or method, budget.experts, budget.floor)

@@ -36,12 +36,16 @@ class GlobalScore:
         if self.normalise not in ("none", "sum", "max"):
             raise UserError(f"allocation.normalise={self.normalise} is not one of none, sum, max.")
 
-    def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
+    def check(self, method: Method) -> None:
         if not isinstance(method, ScoreMethod):
             raise UserError(
                 f"{type(method).__name__} gives no score of single experts, by which allocation=global_score ranks "
                 "them. Choose allocation=uniform or a method that does, such as reap."
             )
+
+    def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
+        self.check(method)
+        assert isinstance(method, ScoreMethod)
         if budget.dropped > (most := sum(budget.capacity.values())):
             raise UserError(
                 f"{budget.dropped} experts are to go, but with the router's top-k left in each layer only {most} can. "

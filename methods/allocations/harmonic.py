@@ -41,6 +41,9 @@ class Harmonic:
     def needs(self) -> frozenset[str]:
         return REAP().needs | {"count", *barrier_sums(self.mode)}
 
+    def check(self, method: Method) -> None:
+        """Goes with every method: its counts come from the barriers alone."""
+
     def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
         layers = {layer: by_saliency(stats.layers[layer], self.mode) for layer in budget.experts}
         weights = {

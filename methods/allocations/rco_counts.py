@@ -10,8 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from harness.stats import Stats
+from harness.trial import trial_plan
 from methods import Method
-from methods.allocations import Budget, largest_remainder, orders
+from methods.allocations import Budget, check_prunes, largest_remainder, orders
 from methods.budget_surface import Blocks, BudgetSurface, best_options, retract
 from methods.rco import Descent
 
@@ -90,6 +91,9 @@ class RCOCounts(Descent):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"search"})
+
+    def check(self, method: Method) -> None:
+        check_prunes(method, trial_plan(method))
 
     def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
         experts, capacity = budget.experts, budget.capacity

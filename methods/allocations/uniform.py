@@ -14,5 +14,8 @@ class Uniform:
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def check(self, method: Method) -> None:
+        """Goes with every method."""
+
     def keep(self, stats: Stats, method: Method, budget: Budget) -> dict[int, int]:
         return dict(budget.uniform)

@@ -1,0 +1,369 @@
+"""A sweep shared out among workers, which one of Hydra's launchers starts: processes, SLURM jobs or Ray tasks.
+
+Every worker goes through the same cells and takes those that nobody is at (``harness/run.py``); what they have in
+common is the store. Each writes what it says to a log of its own in the store, from where it is shown here.
+
+./bench run sweep=demo workers=2                                       processes of this machine
+./bench run sweep=demo workers=8 gpus_per_worker=1 hydra/launcher=slurm hydra.launcher.partition=gpu
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.build import CONF, one_message
+from harness.errors import DiskFullError, StageError, UserError
+from harness.progress import Progress
+from harness.spec import Cell
+from harness.store import Store, say
+from harness.sweep import first_values
+
+LOOK_S = 0.5  # between two looks of the launching process at its workers' logs, and of workers whether to stop
+STOP = "stop"  # name of the file that ends all workers of a run
+# Launchers that start processes on this machine and know nothing of GPUs: theirs are shared out here.
+PLAIN = ("JoblibLauncher", "LocalLauncher")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who is to do the work. count: how many processes. gpus: that each of them sees. launcher: option of
+    ``hydra/launcher``. settings: the command line's own settings of it. elsewhere: whether they may run on other
+    machines than this one. plain: whether they are processes that we share the GPUs out to.
+    """
+
+    count: int
+    gpus: int
+    launcher: str
+    settings: tuple[str, ...]
+    elsewhere: bool
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told. cells: all there are. folder: to work in. logs: folder of the run's logs. parent: pid and
+    start of the launching process. gpus: of each worker, where the launcher does not see to them. checks: whether the
+    machine must be looked at first, because it may be another one.
+    """
+
+    cells: tuple[Cell, ...]
+    store: Store
+    run: str
+    folder: str
+    logs: Path
+    parent: tuple[int, float]
+    gpus: tuple[str, ...]
+    checks: bool
+
+
+def new_run() -> str:
+    """Id of a run: when it was started, and something that no other has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def workers(arguments: Sequence[str]) -> Workers | None:
+    """Whom this command line asks for; None for this process alone. Raises UserError for what cannot be started."""
+    config = _composed(arguments)
+    count, gpus = _whole("workers", config.workers, 1), config.gpus_per_worker
+    chosen = config.hydra.runtime.choices["hydra/launcher"]
+    if chosen == "basic":
+        if count == 1:
+            return None
+        chosen = "local"
+        config = _composed(arguments, "hydra/launcher=local")
+    kind = _launcher_class(chosen, config.hydra.launcher)
+    plain = kind.__name__ in PLAIN
+    elsewhere = not plain and OmegaConf.select(config, "hydra.launcher.ray.init.address") != "local"
+    here = visible_gpus()
+    gpus = min(1, len(here)) if gpus is None else _whole("gpus_per_worker", gpus, 0)
+    if not elsewhere and gpus * count > len(here):
+        possible = f"workers={len(here) // gpus}" if len(here) >= gpus else f"gpus_per_worker={len(here)} workers=1"
+        raise UserError(
+            f"workers={count} with gpus_per_worker={gpus} need {gpus * count} GPUs, and {len(here)} can be seen here. "
+            f"Possible: {possible}."
+        )
+    return Workers(count, gpus, chosen, tuple(config.hydra.overrides.hydra), elsewhere, plain)
+
+
+def _composed(arguments: Sequence[str], *more: str) -> DictConfig:
+    """The config of a command line's first cell, Hydra's own part included."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=[*first_values(arguments), *more], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(one_message(error)) from error
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}={value} is not a whole number from {least} up.")
+    return value
+
+
+def _launcher_class(chosen: str, config: DictConfig) -> type[Launcher]:
+    """The launcher's class, which is not made yet. Raises UserError if it, or what it starts workers with, is not here.
+
+    A launcher ``hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher`` is of the package hydra-ray-launcher and
+    needs the package ray.
+    """
+    target = str(config.get("_target_"))
+    found = re.match(r"hydra_plugins\.(hydra_(\w+)_launcher)\.", target)
+    for needed in found.groups() if found else ():
+        module = f"hydra_plugins.{needed}" if needed.startswith("hydra_") else needed
+        if not _is_installed(module):
+            raise UserError(
+                f"hydra/launcher={chosen} needs the package {needed.replace('_', '-')}, which is not installed. "
+                "./bench setup installs what requirements/ lists; hydra/launcher=local starts processes."
+            )
+    try:
+        kind = get_class(target)
+    except (HydraException, ImportError, ValueError) as error:
+        raise UserError(f"hydra/launcher={chosen}: there is no class {target}: {error}") from error
+    if not issubclass(kind, Launcher):
+        raise UserError(f"hydra/launcher={chosen}: {target} is no launcher.")
+    if kind.__name__ == "SlurmLauncher" and shutil.which("sbatch") is None:
+        raise UserError(
+            f"hydra/launcher={chosen} needs SLURM, and there is no sbatch on this machine. Give the command on a "
+            "machine that submits jobs, or use hydra/launcher=local."
+        )
+    return kind
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is part of
+        return False
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.split() if found.returncode == 0 else []
+
+
+def launch(asked: Workers, cells: Sequence[Cell], store: Store, run: str) -> None:
+    """Start the workers, show what they say, and return when every cell has been tried.
+
+    Workers that die take their cell with them, which another takes over; where none is left they are started again,
+    as long as cells get finished. Raises StageError if cells are left nevertheless, and what a worker raises. After
+    Ctrl-C the workers of this machine have ended when KeyboardInterrupt is raised; others end by themselves, within
+    seconds or when they start.
+    """
+    logs = store.path("logs", run)
+    logs.mkdir(parents=True, exist_ok=True)
+    here = visible_gpus()
+    shares = [",".join(here[asked.gpus * n : asked.gpus * (n + 1)]) for n in range(asked.count)]
+    assignment = Assignment(
+        tuple(cells), store, run, str(Path.cwd()), logs, (os.getpid(), psutil.Process().create_time()),
+        tuple(shares) if asked.plain and asked.gpus else (), asked.elsewhere,
+    )  # fmt: skip
+    os.environ.setdefault("TQDM_DISABLE", "1")  # workers write to files
+    if not asked.elsewhere and asked.count > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.count)))
+    progress = Progress(cells, store, run)
+    left = progress.left()
+    while left:
+        problem = _launch_once(asked, assignment)
+        while progress.running():  # a launcher may give up on all when one dies, and the others go on
+            time.sleep(LOOK_S)
+        before, left = left, progress.left()
+        if problem is None and left:
+            problem = StageError("they ended as if all was done")
+        if problem is None:
+            return
+        if isinstance(problem, UserError | DiskFullError) or (left and len(left) == len(before)):
+            raise StageError(f"The workers ended, and {len(left)} cells are left. {_words(problem)}. Logs: {logs}")
+        say("failed", "worker", f"{_words(problem)}" + (f"; started again for {len(left)} cells" if left else ""))
+
+
+def _words(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0] if lines else ''}".rstrip(". ")
+
+
+def _launch_once(asked: Workers, assignment: Assignment) -> Exception | None:
+    """Have the launcher start all workers and wait for them; what went wrong."""
+    problems: list[Exception] = []
+    relay = Relay(assignment.logs)
+
+    def wait() -> None:
+        # Inherited by what is started here: Ctrl-C at the terminal is for this process, which tells the workers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _launcher(asked, assignment) as launcher:
+                for job in launcher.launch([[]] * asked.count, 0):
+                    _ = job.return_value  # raises what the worker raised
+        except Exception as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=wait, daemon=True, name="launcher")
+    thread.start()
+    try:
+        relay.until_ended(thread)
+    except KeyboardInterrupt:
+        (assignment.logs / STOP).touch()
+        if asked.elsewhere:
+            say(
+                "stop", "workers", f"end within seconds; jobs in a queue when they start, or with {_cancel(assignment)}"
+            )
+        else:
+            relay.until_ended(thread)
+        raise
+    return problems[0] if problems else None
+
+
+def _cancel(assignment: Assignment) -> str:
+    return f"scancel --name={_job_name(assignment)}"
+
+
+def _job_name(assignment: Assignment) -> str:
+    return f"bench-{assignment.run}"
+
+
+@contextmanager
+def _launcher(asked: Workers, assignment: Assignment) -> Iterator[Launcher]:
+    """Hydra's launcher, which writes nothing but into the folder of the run's logs."""
+    folder = str(assignment.logs.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    overrides = [
+        *asked.settings,
+        *(f"workers={asked.count}", f"gpus_per_worker={asked.gpus}", f"hydra.job.name={_job_name(assignment)}"),
+        *(f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", "hydra.output_subdir=null"),
+        *("hydra/job_logging=none", "hydra/hydra_logging=none"),
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=overrides, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        task = functools.partial(work, assignment)
+        yield Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+
+
+class Relay:
+    """Shows on standard error what workers write to their logs, each line with the number of its worker."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._shown = {path: path.stat().st_size for path in logs.glob("worker-*.log")}
+
+    def until_ended(self, thread: threading.Thread) -> None:
+        while thread.is_alive():
+            self._show()
+            thread.join(LOOK_S)
+        self._show()
+
+    def _show(self) -> None:
+        for path in sorted(self._logs.glob("worker-*.log")):
+            with path.open("rb") as file:
+                file.seek(self._shown.get(path, 0))
+                text = file.read()
+            text = text[: text.rfind(b"\n") + 1]
+            self._shown[path] = self._shown.get(path, 0) + len(text)
+            number = path.stem.rpartition("-")[2]
+            for line in text.decode(errors="replace").splitlines():
+                print(f"[{number}] {line}", file=sys.stderr, flush=True)
+
+
+def work(assignment: Assignment, config: DictConfig) -> None:
+    """What a worker does, wherever a launcher has started it."""
+    from harness.run import keep_chatter, run_all
+    from harness.serve import release
+
+    os.chdir(assignment.folder)
+    number = HydraConfig.get().job.num
+    if assignment.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = assignment.gpus[number]
+    with _written_to(assignment.logs / f"worker-{number}.log"):
+        keep_chatter(assignment.store)
+        try:
+            with _stoppable(assignment):
+                if assignment.checks:
+                    for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in assignment.cells}:
+                        serve.check(nbytes)
+                run_all(assignment.cells, assignment.store, assignment.run)
+        except KeyboardInterrupt:
+            say("stopped", f"worker {number}", "what is finished is kept")
+        finally:
+            release()
+
+
+@contextmanager
+def _written_to(log: Path) -> Iterator[None]:
+    """In here all that this process and those it starts print goes to the log."""
+    before = [os.dup(1), os.dup(2)]
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, descriptor in zip((1, 2), before, strict=True):
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
+
+
+@contextmanager
+def _stoppable(assignment: Assignment) -> Iterator[None]:
+    """In here there is a KeyboardInterrupt when the run is stopped, or when the process that launched it is gone and
+    this one descends from it: jobs of a cluster outlive it.
+    """
+    with contextlib.suppress(OSError):  # already so
+        os.setsid()  # out of reach of the terminal's Ctrl-C
+    parent = next((p for p in psutil.Process().parents() if (p.pid, p.create_time()) == assignment.parent), None)
+    ended, main = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        while not ended.wait(LOOK_S):
+            if (assignment.logs / STOP).exists() or (parent is not None and not _lives(parent)):
+                signal.pthread_kill(main, signal.SIGINT)
+                return
+
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        threading.Thread(target=watch, daemon=True, name="stop").start()
+        yield
+    finally:
+        ended.set()
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
