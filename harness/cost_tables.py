@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from harness import phases
 from harness.rows import CELL, NOT_RUN, by_row, complete, first_seed, plan_names, table_of
 
 SPEED = ("prompt_tokens", "generated_tokens", "seconds")
-DEGENERATE = ("empty", "length_capped", "looping")
+DEGENERATE = ("empty", "length_capped", "looping", *phases.COUNTS)
 EFFORT = {  # columns of the tidy frame: their title and format
     "search_evaluations": ("plans measured", ".0f"),
     "search_gradients": ("batches differentiated", ".0f"),

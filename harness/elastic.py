@@ -39,7 +39,7 @@ from harness.nested import (
     views,
 )
 from harness.packing import packed
-from harness.plan import LayerPlan, Plan
+from harness.plan import Plan
 from harness.remake import Remaking, check_plain, identity, save
 from harness.slicing import check_cuttable, cut
 from harness.stats import MEASURES
@@ -247,7 +247,7 @@ class _Parent:
         trained = self._train(student, teacher, ids) if self.options.epochs else {"tokens": 0, "steps": 0}
         weights = path / WEIGHTS
         weights.mkdir(parents=True)
-        identity_plan = Plan({layer: LayerPlan.identity(count) for layer, count in self.original.experts.items()})
+        identity_plan = Plan.identity(self.original.experts)
         save(model, self.original, identity_plan, weights)
         stored = Nested(trainable(Model("sorted", str(weights))), cuts)
         after = [self._measure(stored, place, teacher, held) for place in range(len(cuts))]

@@ -57,6 +57,10 @@ class Engine:
         url = f"{self.llm.url}/collective_rpc"
         httpx.post(url, json=request, timeout=timeout_s, trust_env=False).raise_for_status()
 
+    def expert_counts(self) -> list[dict[str, Any]]:
+        """Of each worker: which experts it holds, by layer (`harness.served_experts`)."""
+        return self._call("expert_counts")
+
     def weight_bytes(self) -> int:
         """Memory of all weights, over all workers."""
         return sum(int(found) for found in self._call("weight_bytes"))

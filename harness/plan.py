@@ -130,6 +130,11 @@ class Plan:
     layers: Mapping[int, LayerPlan]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def identity(cls, experts: Mapping[int, int]) -> Plan:
+        """Every expert of layers of so many stays as it is."""
+        return cls({layer: LayerPlan.identity(count) for layer, count in experts.items()})
+
     @property
     def is_identity(self) -> bool:
         return all(layer.is_identity for layer in self.layers.values())

@@ -67,7 +67,7 @@ class PlanLoader(DefaultModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Raises UserError if the plan is another model's or this build of vLLM cannot map merged experts."""
         source = self._source(model_config)
-        self.plan = Plan({layer: LayerPlan.identity(count) for layer, count in source.experts.items()})
+        self.plan = Plan.identity(source.experts)
         if self.file is not None:
             self.plan = plans.from_json(Path(self.file).read_text())
         self.plan.validate(source.experts, source.top_k)

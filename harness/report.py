@@ -22,6 +22,7 @@ from harness.footer import footer
 from harness.page import AGAINST, SEEDS, page
 from harness.plot import plot
 from harness.rows import CELL
+from harness.serve import in_words
 from harness.store import Store
 from harness.sweep import Sweep, expand
 
@@ -47,6 +48,7 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
         **asked,
         "status": found["status"],
         "error": found["error"],
+        "whole": found.get("whole"),
         **{f"size_{name}": value for name, value in size.items()},
         **{f"original_{name}": value for name, value in original.items()},
         **{f"peak_{name}": value for name, value in found.get("peak_memory", {}).items()},
@@ -64,7 +66,8 @@ def _rows(asked: Mapping[str, Any], found: Mapping[str, Any] | None) -> list[dic
 def _served(served: Mapping[str, Any]) -> dict[str, Any]:
     """How the plan was served and how fast; nothing of what its record leaves open."""
     speed = served.get("throughput") or {}
-    flat = {**{name: served.get(name) for name in ("how", "weight_bytes", "difference")}, **speed}
+    how = served["how"] + in_words(served.get("changed_settings") or {}) if "how" in served else None
+    flat = {"how": how, **{name: served.get(name) for name in ("weight_bytes", "difference")}, **speed}
     return {f"served_{name}": value for name, value in flat.items()}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from harness import bill, gather, launch, report, scoring, stages
 from harness.commandline import checked, refuse_politely
+from harness.errors import during
 from harness.interrupt import interruptible
 from harness.plan import Plan, from_json
 from harness.progress import Progress, await_turn, taken
@@ -29,9 +30,12 @@ from harness.sweep import Sweep
 
 def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
     """Everything that needs the model in this process."""
-    given = gather.statistics(cell, store)
-    made = stages.plan(cell, given, store)
-    stages.remade(cell, given, made, store)
+    with during("calibrate"):
+        given = gather.statistics(cell, store)
+    with during("plan"):
+        made = stages.plan(cell, given, store)
+    with during("recover"):
+        stages.remade(cell, given, made, store)
     stages.reconstruct(cell, made, store)
     stages.reference(cell, made, store)
     return given, made

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import checkpoint, stages, throughput
+from harness import checkpoint, inventory, phases, stages, throughput
 from harness.errors import StageError, UserError, during, log_tail_of, stage_of
 from harness.host import without_secrets
 from harness.plan import Plan
@@ -26,6 +26,7 @@ from harness.serve import Served, Weights, in_words
 from harness.spec import SCORE_SCHEMA, Cell
 from harness.stats import Stats
 from harness.store import Store, key, remove, say
+from harness.thinking import ThinkThenAnswer
 from tasks import Score, Task
 
 
@@ -90,14 +91,15 @@ def give_back_memory() -> None:
 
 @contextmanager
 def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) -> Iterator[Weights]:
-    expected = stages.reference(cell, made, store)
+    expected, original = stages.reference(cell, made, store), _original(cell, store)
     if cell.recovery is not None:
         folder = stages.remade_folder(cell, made, store)
+        inventory.check_unchanged(folder)
         base = cell.model.folder if checkpoint.differs_in_experts_only(folder, cell.model) else None
-        yield Weights(folder, expected=expected, base=base)
+        yield Weights(folder, expected=expected, base=base, original=original)
         return
     if cell.serve.reads_plans:
-        yield Weights(cell.model.folder, made, stages.plan_file(cell, store), expected)
+        yield Weights(cell.model.folder, made, stages.plan_file(cell, store), expected, original=original)
         return
     if made.is_identity:
         yield Weights(cell.model.folder, expected=expected)
@@ -112,8 +114,9 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
     start = time.perf_counter()
     with during("export"), store.locked("serving", name):
         if store.path("checkpoints", name).exists():  # kept from an earlier run: it may have been damaged since
+            inventory.check_unchanged(store.path("checkpoints", name))
             checkpoint.verify(store.path("checkpoints", name), cell.model)
-        folder = store.once("checkpoints", name, make)
+        folder = store.once("checkpoints", name, make, checkpoint.measure(cell.model, made).bytes)
         seconds["export"] = time.perf_counter() - start
         say("export", name, f"{seconds['export']:.1f} s")
         try:
@@ -121,6 +124,14 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
         finally:
             if not cell.keep_checkpoints:
                 remove(folder)
+
+
+def _original(cell: Cell, store: Store) -> Weights | None:
+    """The uncompressed model, where it is served beside the compressed one."""
+    if not isinstance(cell.serve, ThinkThenAnswer):
+        return None
+    whole = stages.reference(replace(cell, recovery=None), Plan.identity(cell.model.experts), store)
+    return Weights(cell.model.folder, expected=whole)
 
 
 def score_name(cell: Cell, made: Plan, task: Task) -> str:
@@ -142,16 +153,18 @@ def score(cell: Cell, made: Plan, task: Task, serving: Serving, store: Store) ->
 def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) -> None:
     start = time.perf_counter()
     served = serving.served
-    before = throughput.counters(served.llm.url)
+    before, thought = throughput.counters(served.llm.url), phases.counts(served.llm.url)
     with store.workspace(name) as work, served.watch.blamed() if served.watch else nullcontext():
         found = task.score(served.llm, work)
     speed = throughput.between(before, throughput.counters(served.llm.url), found.answering_s)
+    thoughts = {name: n - thought[name] for name, n in phases.counts(served.llm.url).items() if name in thought}
     seconds = {**serving.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
     store.put("samples", _samples_name(name), lambda path: _write_samples(path, found.samples))
     document = {
         "metrics": {metric: asdict(value) for metric, value in found.metrics.items()},
-        "counts": dict(found.counts),
+        "counts": {**found.counts, **thoughts},
+        "whole": found.whole,
         "seconds": seconds,
         "task_identity": dict(task.identity()),
         "served_by": dict(cell.serve.identity()),

@@ -30,6 +30,7 @@ from harness.host import Host, child_environment, read
 from harness.models import Model
 from harness.plan import Plan
 from harness.probe import Expected, check_tokenizer, compare, probe, probe_tokens, served_length
+from harness.served_experts import check_experts
 from harness.store import say
 from harness.vllm_limits import check_cpu
 from tasks import LLM
@@ -66,7 +67,7 @@ class Weights:
 
     base: the folder that the checkpoint was made from, if nothing but its experts' number and width has changed: an
     engine that was started on it can turn to the checkpoint. expected: what it must say of the probe
-    (``harness/reference.py``), where that is known.
+    (``harness/reference.py``), where that is known. original: the uncompressed model, where it is served beside them.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Weights:
     file: Path | None = None
     expected: Expected | None = None
     base: Path | None = None
+    original: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -367,9 +369,12 @@ class VLLM:
     def _checked(self, engine: Engine, weights: Weights, watch: Watch) -> dict[str, Any]:
         """What is known of an engine once it has shown that it serves these weights: fields of `Served`.
 
-        Raises StageError if its log-probabilities are not finite, or too far from those expected.
+        Raises StageError if it holds other experts, or its log-probabilities are not finite or too far from those
+        expected.
         """
         with watch.blamed():
+            plan = weights.plan or Plan.identity(Model("", str(weights.folder)).experts)
+            check_experts(engine.expert_counts(), plan, engine.masked)
             found = difference(engine.llm, probe(engine.llm), weights, self.dtype)
         return {"difference": found, "changed_settings": engine.changed, "watch": watch}
 

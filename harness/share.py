@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoint, combinations, stages
+from harness import checkpoint, combinations, inventory, stages
 from harness import plan as plans
 from harness.commandline import before_work, refuse_politely
 from harness.errors import UserError
@@ -38,6 +38,7 @@ def share(asked: OnePlan, folder: Path) -> None:
             checkpoint.export(asked.cell.model, asked.plan, partial)
             checkpoint.verify(partial, asked.cell.model)
         else:
+            inventory.check_unchanged(asked.remade)
             shutil.copytree(asked.remade, partial)
         if (partial / CARD).exists():
             shutil.move(partial / CARD, partial / "README.original.md")

@@ -69,7 +69,7 @@ def _decide(cell: Cell, given: Stats, searches: dict[int, ModelSearch], store: S
     searches: those that were begun, by how many sequences they search on.
     """
     if cell.keeps_experts:
-        return {layer: LayerPlan.identity(count) for layer, count in cell.model.experts.items()}
+        return dict(Plan.identity(cell.model.experts).layers)
     if isinstance(cell.method, SequentialMethod):
         from harness.calibrate import packed_batches
 

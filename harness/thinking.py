@@ -138,11 +138,6 @@ class _Watches(Watch):
 
 
 def original(weights: Weights) -> Weights:
-    """What these weights were made from. Raises StageError where that is not known."""
-    folder = weights.base if weights.plan is None else weights.folder
-    if folder is None:
-        raise StageError(
-            f"{weights.folder.name} differs from its original in more than its experts, and serve=phases does not know "
-            "where that original is. Use serve=vllm."
-        )
-    return Weights(folder)
+    """What these weights were made from."""
+    assert weights.original or weights.plan, "new weights come with their original"
+    return weights.original or Weights(weights.folder)

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SCRATCH = "/tmp"
 SCRATCH_BYTES = 256 * 2**20
 FILE_BYTES = SCRATCH_BYTES
 TASKS = 64  # threads of a program: it cannot start processes
@@ -53,9 +52,9 @@ EPERM, ENOSYS = 1, 38
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def enter_root(visible: Sequence[str]) -> None:
-    """Leave the file system for one that holds these files and folders, read-only, and a scratch space; for
-    ``unshare``, which gives new namespaces and nothing else. Needs Linux 5.12.
+def enter_root(visible: Sequence[str], scratch: str) -> None:
+    """Leave the file system for one that holds these files and folders, and an empty one for scratch, all read-only;
+    for ``unshare``, which gives new namespaces and nothing else. Needs Linux 5.12.
     """
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = "/dev/shm"  # any folder that holds none of the files: what is mounted here is seen from this namespace alone
@@ -68,9 +67,9 @@ def enter_root(visible: Sequence[str]) -> None:
             continue
         place.mkdir() if source.is_dir() else place.touch()
         _mount(str(source), str(place), None, MS_BIND | MS_REC)
-    for folder in ("proc", "tmp", "old"):
-        Path(root, folder).mkdir()
-    Path(root, "dev/shm").symlink_to(SCRATCH)
+    for folder in ("/proc", "/old", scratch):
+        Path(root + folder).mkdir()
+    Path(root, "dev/shm").symlink_to(scratch)
     _mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV)
     _call(libc.pivot_root, root.encode(), f"{root}/old".encode())
     os.chdir("/")
@@ -85,9 +84,9 @@ def leave_namespaces() -> None:
     _call(libc.unshare, CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC)
 
 
-def mount_own() -> None:
+def mount_own(scratch: str) -> None:
     """An empty, limited scratch space, and the processes of this namespace in /proc."""
-    _mount("tmpfs", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH_BYTES},mode=1777")
+    _mount("tmpfs", scratch, "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH_BYTES},mode=1777")
     _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
 
 

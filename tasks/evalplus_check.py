@@ -61,7 +61,10 @@ class Check:
                 [a + b + GRACE / DEFAULT_GT_TIME_LIMIT_FACTOR for a, b in zip(times, digesting, strict=True)],
                 fast_check=True,
             )
-        return answers.why() or status if status == "fail" else status
+            ended = answers.why() if status == "fail" else None
+            if ended == "killed":
+                self.sandbox.check()
+        return ended or status
 
     def _expected(self, inputs: list[Any]) -> tuple[list[Any], list[float]]:
         """Outputs of the reference solution, and seconds they took."""

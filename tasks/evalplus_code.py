@@ -114,7 +114,7 @@ class EvalPlus:
         ]
         isolated = "unsandboxed" if form == NO_SANDBOX else f"sandbox_{form}"
         counts = {**degenerate(completions), **_ends(samples), isolated: len(samples)}
-        return Score(_metrics(samples), samples, counts, answering_s)
+        return Score(_metrics(samples), samples, counts, answering_s, len(self._all_problems()))
 
     def items(self, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
         """pass@1 of each problem is 0 or 1."""
@@ -150,7 +150,10 @@ class EvalPlus:
         return _released(self.name, self.dataset)
 
     def _problems(self) -> list[dict[str, Any]]:
-        """In the order of the file. Raises UserError."""
+        """Those that are asked, in the order of the file. Raises UserError."""
+        return self._all_problems()[: self.limit]
+
+    def _all_problems(self) -> list[dict[str, Any]]:
         read = gzip.open if self._path.suffix == ".gz" else open
         try:
             with read(self._path, "rt", encoding="utf-8") as file:
@@ -159,7 +162,7 @@ class EvalPlus:
             raise UserError(f"{self.name}: cannot read the problem file {self._path}: {error}") from error
         if self.problems is None and len(problems) != (whole := RELEASES[self.dataset][1]):
             raise UserError(f"{self.name}: {self._path} holds {len(problems)} of {whole} problems. Fetch it again.")
-        return problems[: self.limit]
+        return problems
 
 
 def _released(name: str, dataset: str) -> Path:

@@ -186,6 +186,7 @@ def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     class Client(LocalCompletionsAPI):
+        api_key = ""  # not OPENAI_API_KEY: it would go to whatever server this is, and into logs of what it refuses
         capped = 0
         answering_s = 0.0
 

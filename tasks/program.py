@@ -45,13 +45,14 @@ REQUEST = struct.Struct("<I")  # the slot
 @dataclass(frozen=True)
 class Limits:
     """memory: bytes of address space. tasks: threads of the program's user. first_user: of programs, plus the slot;
-    None where the user is not ours to set. isolated: whether programs get namespaces of their own.
+    None where the user is not ours to set. scratch: where each program gets space of its own, in namespaces of its own;
+    None where it does not.
     """
 
     memory: int
     tasks: int
     first_user: int | None
-    isolated: bool
+    scratch: str | None
 
 
 def main(guards: str, visible: list[str] | None, limits: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ def main(guards: str, visible: list[str] | None, limits: dict[str, Any]) -> None
     """
     requests = socket.socket(fileno=os.dup(0))
     if visible is not None:
-        confinement.enter_root(visible)
+        confinement.enter_root(visible, limits["scratch"])
     utils = _load(guards)
     with contextlib.suppress(ImportError):
         import numpy  # noqa: F401  (EvalPlus has it loaded when the clock starts)
@@ -90,7 +91,7 @@ def _supervise(slot: int, descriptors: list[int], limits: Limits, utils: ModuleT
         job, frames, wanted = descriptors
         confinement.die_with_parent()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if limits.isolated:
+        if limits.scratch is not None:
             confinement.leave_namespaces()
         program = os.fork()
         if program == 0:
@@ -107,12 +108,12 @@ def _supervise(slot: int, descriptors: list[int], limits: Limits, utils: ModuleT
 
 def _become_program(slot: int, job: int, frames: int, limits: Limits, utils: ModuleType) -> NoReturn:
     try:
-        if limits.isolated:
-            confinement.mount_own()
+        if limits.scratch is not None:
+            confinement.mount_own(limits.scratch)
         if limits.first_user is not None:
             confinement.become(limits.first_user + slot)
         confinement.die_with_parent()
-        if limits.isolated:
+        if limits.scratch is not None:
             _leave_process_1()
         confinement.limit_resources(limits.memory, limits.tasks)
         confinement.forbid_calls()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from tasks import plain_values
-from tasks.confinement import CLONE_NEWUSER, DEVICES, SCRATCH, TASKS, die_with_parent, libc
+from tasks.confinement import CLONE_NEWUSER, DEVICES, TASKS, die_with_parent, libc
 from tasks.program import DEFINED, HEADER, RAISED, READY, REQUEST, RETURNED, Limits
 
 FORMS = ("bwrap", "unshare")
@@ -44,6 +44,7 @@ INSIDE = "/harness"  # where they are seen
 SYSTEM = (*("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64"), *("/etc/ld.so.cache", "/etc/alternatives"))
 NAMESPACES = ("net", "pid", "ipc", "uts")
 START_SECONDS = 60
+END_SECONDS = 1  # between a program's end and that of all else, when that is why it ended
 
 
 class SandboxError(Exception):
@@ -108,21 +109,32 @@ class Sandbox:
 
     def try_out(self) -> None:
         """Raise SandboxError unless a program runs, and finds itself isolated."""
-        job = Job(TRIAL, "trial", [plain_values.dumps([]).decode()], [START_SECONDS])
-        with self.running(job, 0) as (frames, _), open(frames, "rb", closefd=False) as file:
-            defined = file.read(HEADER.size)
-            kind, length = HEADER.unpack(file.read(HEADER.size) or HEADER.pack(RAISED, 0))
-            answer = file.read(length)
-        if defined != HEADER.pack(DEFINED, 0) or kind != RETURNED:
+        with tempfile.NamedTemporaryFile(prefix="planted-") as planted:
+            job = Job(TRIAL, "trial", [plain_values.dumps([planted.name]).decode()], [START_SECONDS])
+            defined, kind, answer = self._first_answer(job)
+        if (defined, kind) != (DEFINED, RETURNED):
             raise SandboxError("a trial program did not come to its end")
         if leaks := plain_values.loads(answer):
             raise SandboxError(f"a trial program is not isolated: {', '.join(leaks)}")
+
+    def _first_answer(self, job: Job) -> tuple[bytes, bytes, bytes]:
+        """Kinds of the answer to the definition and to the first input, and what that returned."""
+        nothing = HEADER.pack(RAISED, 0)
+        with self.running(job, 0) as (frames, _), open(frames, "rb", closefd=False) as file:
+            defined, _ = HEADER.unpack(file.read(HEADER.size) or nothing)
+            kind, length = HEADER.unpack(file.read(HEADER.size) or nothing)
+            return defined, kind, file.read(length)
 
     def _folder(self) -> contextlib.AbstractContextManager[str]:
         """Where the program may write: without a sandbox a folder of its own, that is not limited in size."""
         if self.form == NO_SANDBOX:
             return tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
-        return contextlib.nullcontext(SCRATCH)
+        return contextlib.nullcontext(scratch())
+
+    def check(self) -> None:
+        """Raise SandboxError if it has ended, so that what became of a program says nothing about the program."""
+        if select.select([self.requests], [], [], END_SECONDS)[0]:
+            raise SandboxError(f"the sandbox ended: {self._words()}")
 
     def _words(self) -> str:
         self.errors.seek(0)
@@ -138,8 +150,10 @@ def start(form: str, memory: int) -> Sandbox:
     errors = os.fdopen(os.memfd_create("errors"), "w+b")
     sandbox = Sandbox(form, requests, errors)
     command = {"bwrap": _bwrap, "unshare": _unshare, NO_SANDBOX: _nothing}[form](users)
-    limits = Limits(memory, TASKS, first_user, isolated=form != NO_SANDBOX)
-    if limits.isolated and first_user is None:  # programs share one user with each other and what surrounds them
+    limits = Limits(memory, TASKS, first_user, None if form == NO_SANDBOX else scratch())
+    if (
+        limits.scratch is not None and first_user is None
+    ):  # programs share one user with each other and what surrounds them
         limits = replace(limits, tasks=TASKS + 4 * len(os.sched_getaffinity(0)), first_user=NOBODY)
     try:
         subprocess.Popen(
@@ -147,7 +161,7 @@ def start(form: str, memory: int) -> Sandbox:
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=environment(SCRATCH),
+            env=environment(scratch()),
             pass_fds=[] if users is None else [users],
             start_new_session=True,
             preexec_fn=die_with_parent,
@@ -163,7 +177,7 @@ def start(form: str, memory: int) -> Sandbox:
 TRIAL = """
 import os, socket
 
-def trial():
+def trial(planted):
     leaks = []
     if 0 in os.getresuid():
         leaks.append("it is root")
@@ -171,7 +185,7 @@ def trial():
         leaks.append("it has a network")
     if sum(name.isdigit() for name in os.listdir("/proc")) > 3:
         leaks.append("it sees other processes")
-    if {*os.listdir("/")} & {"home", "srv", "mnt", "media", "opt", "var", "sys", "run"}:
+    if os.path.exists(planted):
         leaks.append("it sees other files")
     return leaks
 """
@@ -200,6 +214,12 @@ def visible() -> list[str]:
         if not any(Path(folder).is_relative_to(other) for other in found if not Path(other).is_symlink()):
             found.append(folder)
     return found
+
+
+@cache
+def scratch() -> str:
+    """Where programs may write: what is mounted there must not hide Python."""
+    return "/scratch" if any(Path(folder).is_relative_to("/tmp") for folder in visible()) else "/tmp"
 
 
 def _own_files() -> list[tuple[str, str]]:
@@ -231,7 +251,7 @@ def _bwrap(users: int | None) -> list[str]:
         command += ["--symlink", str(Path(source).readlink()), target] if link else ["--ro-bind", source, target]
     for device in DEVICES:
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    command += ["--symlink", SCRATCH, "/dev/shm", "--remount-ro", "/dev", "--dir", SCRATCH, "--remount-ro", "/"]
+    command += ["--symlink", scratch(), "/dev/shm", "--remount-ro", "/dev", "--dir", scratch(), "--remount-ro", "/"]
     return [*command, "--"]
 
 

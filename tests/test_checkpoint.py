@@ -68,7 +68,7 @@ def test_pruned_logits_equal_the_masked_routers(family_model: Model, tmp_path: P
 
 
 def test_none_exports_every_byte(family_model: Model, tmp_path: Path) -> None:
-    plan = Plan({layer: LayerPlan.identity(count) for layer, count in family_model.experts.items()})
+    plan = Plan.identity(family_model.experts)
     out = exported(family_model, plan, tmp_path / "same")
     assert out.tensors.keys() == family_model.tensors.keys()
     for name, tensor in family_model.tensors.items():

@@ -64,7 +64,7 @@ def elastic(kind: str, text: str, **changes: Any) -> Elastic:
 def asked(model: Model, store: Store, ratio: float, method: Method | None = None) -> Remaking:
     """What the flow gives: REAP's plan and statistics where there is a method, else nothing but the identity."""
     if method is None:
-        plan = Plan({layer: LayerPlan.identity(count) for layer, count in model.experts.items()})
+        plan = Plan.identity(model.experts)
         return Remaking(model, plan, Stats({}), ratio, REAP(), store)
     ids = torch.randint(1, 300, (4, 24), generator=torch.Generator().manual_seed(0))
     stats = calibrate(model.load("float32"), [(ids, torch.ones_like(ids))])

@@ -170,6 +170,18 @@ def test_a_worker_that_is_killed_costs_one_program_its_verdict(tmp_path: Path):
     assert_end(found)
 
 
+def test_a_sandbox_that_ends_is_no_verdict(tmp_path: Path):
+    write_problems(tmp_path, 2)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), evalplus_code.first_form()]
+    harness = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = descendants(psutil.Process(harness.pid), PROCESSES)
+    inside = [process for process in found if "tasks.program import main" in " ".join(process.cmdline())]
+    next(process for process in inside if process.name().startswith("python")).kill()
+    _, errors = harness.communicate(timeout=120)
+    assert "StageError" in errors and "the sandbox ended" in errors
+    assert_end(found)
+
+
 UNSANDBOXED_SCRIPT = """
 import json, sys
 from dataclasses import replace

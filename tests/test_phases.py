@@ -28,7 +28,7 @@ from harness.models import ROOT, Model
 from harness.phases import counts, think_then_answer
 from harness.phases_server import PhasesServer, running
 from harness.plan import LayerPlan, Plan
-from harness.probe import probe, served_length
+from harness.probe import Expected, probe, probe_tokens, served_length
 from harness.serve import GIB, OVERHEAD_GIB, VLLM, Weights
 from harness.sweep import expand
 from harness.thinking import ThinkThenAnswer
@@ -422,12 +422,23 @@ def test_two_engines_must_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         phases(gpu_memory_utilization=0.6)._check_gpu_memory(0)
 
 
-def test_the_original_is_found_or_missed_aloud(tmp_path: Path) -> None:
+def test_the_original_is_the_one_that_is_named_or_the_plans_folder(tmp_path: Path) -> None:
     folder, remade = tmp_path / "original", tmp_path / "remade"
     assert thinking.original(Weights(folder, Plan({}), tmp_path / "plan.json")) == Weights(folder)
-    assert thinking.original(Weights(remade, base=folder)) == Weights(folder)
-    with pytest.raises(StageError, match="remade differs from its original"):
-        thinking.original(Weights(remade))
+    expected = Weights(folder, expected=Expected((-1.0,), 0.0))
+    assert thinking.original(Weights(remade, original=expected)) is expected
+
+
+@pytest.mark.slow
+def test_an_original_that_is_computed_wrongly_never_answers(tmp_path: Path) -> None:
+    model = Model("tiny", str(write_checkpoint(tmp_path / "model")))
+    pruned = Plan({layer: LayerPlan.prune([0, 2, 3, 6, 7], EXPERTS) for layer in model.experts})
+    (tmp_path / "plan.json").write_text(plans.to_json(pruned))
+    wrong = Weights(model.folder, expected=Expected((-1.0,) * (len(probe_tokens(str(model.folder))) - 1), 0.0))
+    weights = Weights(model.folder, pruned, tmp_path / "plan.json", original=wrong)
+    engine = phases(dtype="float32", max_model_len=256, cap=12)
+    with pytest.raises(StageError, match="is not the model it should be"), engine.serve(weights, "two", tmp_path / "l"):
+        pass
 
 
 # ---- through the real vLLM

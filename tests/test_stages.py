@@ -101,7 +101,7 @@ def test_a_failure_does_not_replace_a_finished_record(tmp_path: Path) -> None:
     store, task = Store(tmp_path), cell.tasks[0]
     store.write_json("records", cell.record_name(task), {"status": "done", "metrics": {}})
     assert scoring.has_score(cell, task, store) and not scoring.is_done(cell, task, store)
-    scoring.record(cell, None, None, task, "no memory", store)
+    scoring.record(cell, None, None, task, scoring.Failure("plan", "no memory", None), store, run="")
     assert scoring.has_score(cell, task, store)
 
 
