@@ -21,7 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.build import CONF, one_message
 from harness.errors import DiskFullError, StageError, UserError
-from harness.progress import Progress
+from harness.interrupt import STATUS, leave
+from harness.progress import Progress, was_abandoned
+from harness.scoring import Failure, record
 from harness.spec import Cell
 from harness.store import Store, say
 from harness.sweep import first_values
 
 LOOK_S = 0.5  # between two looks of the launching process at its workers' logs, and of workers whether to stop
+DEATHS = 3  # of workers at a cell before it is given up
 STOP = "stop"  # name of the file that ends all workers of a run
 # Launchers that start processes on this machine and know nothing of GPUs: theirs are shared out here.
 PLAIN = ("JoblibLauncher", "LocalLauncher")
@@ -100,6 +104,11 @@ def workers(arguments: Sequence[str]) -> Workers | None:
         chosen = "local"
         config = _composed(arguments, "hydra/launcher=local")
     kind = _launcher_class(chosen, config.hydra.launcher)
+    settings = tuple(config.hydra.overrides.hydra)
+    if kind.__name__ == "JoblibLauncher":
+        if count == 1:  # would be this process all the same
+            return None
+        settings += (f"hydra.launcher.n_jobs={count}",)
     plain = kind.__name__ in PLAIN
     elsewhere = not plain and OmegaConf.select(config, "hydra.launcher.ray.init.address") != "local"
     here = visible_gpus()
@@ -110,7 +119,7 @@ def workers(arguments: Sequence[str]) -> Workers | None:
             f"workers={count} with gpus_per_worker={gpus} need {gpus * count} GPUs, and {len(here)} can be seen here. "
             f"Possible: {possible}."
         )
-    return Workers(count, gpus, chosen, tuple(config.hydra.overrides.hydra), elsewhere, plain)
+    return Workers(count, gpus, chosen, settings, elsewhere, plain)
 
 
 def _composed(arguments: Sequence[str], *more: str) -> DictConfig:
@@ -179,10 +188,10 @@ def visible_gpus() -> list[str]:
 def launch(asked: Workers, cells: Sequence[Cell], store: Store, run: str) -> None:
     """Start the workers, show what they say, and return when every cell has been tried.
 
-    Workers that die take their cell with them, which another takes over; where none is left they are started again,
-    as long as cells get finished. Raises StageError if cells are left nevertheless, and what a worker raises. After
-    Ctrl-C the workers of this machine have ended when KeyboardInterrupt is raised; others end by themselves, within
-    seconds or when they start.
+    A cell whose worker dies is taken over by another; where none is left they are started again. A cell that `DEATHS`
+    of them were at becomes a failed record. Raises StageError if cells are left nevertheless, and what a worker raises.
+    After Ctrl-C the workers of this machine have ended when KeyboardInterrupt is raised; others end by themselves,
+    within seconds or when they start.
     """
     logs = store.path("logs", run)
     logs.mkdir(parents=True, exist_ok=True)
@@ -196,19 +205,29 @@ def launch(asked: Workers, cells: Sequence[Cell], store: Store, run: str) -> Non
     if not asked.elsewhere and asked.count > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.count)))
     progress = Progress(cells, store, run)
-    left = progress.left()
+    left, deaths = progress.left(), Counter[Cell]()
     while left:
-        problem = _launch_once(asked, assignment)
-        while progress.running():  # a launcher may give up on all when one dies, and the others go on
-            time.sleep(LOOK_S)
+        problem = _launch_once(asked, assignment, progress)
+        if isinstance(problem, UserError | DiskFullError):
+            raise problem
+        died = [cell for cell in progress.left() if was_abandoned(cell, run, store)]
+        deaths.update(died)
+        for cell in died:
+            if deaths[cell] == DEATHS:
+                _give_up(cell, store, run)
         before, left = left, progress.left()
-        if problem is None and left:
-            problem = StageError("they ended as if all was done")
-        if problem is None:
-            return
-        if isinstance(problem, UserError | DiskFullError) or (left and len(left) == len(before)):
-            raise StageError(f"The workers ended, and {len(left)} cells are left. {_words(problem)}. Logs: {logs}")
-        say("failed", "worker", f"{_words(problem)}" + (f"; started again for {len(left)} cells" if left else ""))
+        said = _words(problem) if problem else "They ended as if all was done"
+        if left and not died and len(left) == len(before):
+            raise StageError(f"No worker is left, and {len(left)} cells are. {said}. Logs: {logs}")
+        if problem or left:
+            say("failed", "worker", said + (f"; started again for {len(left)} cells" if left else ""))
+
+
+def _give_up(cell: Cell, store: Store, run: str) -> None:
+    """Record that a cell has no score because of what became of the workers that were at it."""
+    words = f"{DEATHS} workers died that were at this cell, or beside one that was (out of memory, or killed)."
+    for task in cell.tasks:
+        record(cell, None, None, task, Failure("worker", words, None), store, run)
 
 
 def _words(problem: Exception) -> str:
@@ -216,10 +235,14 @@ def _words(problem: Exception) -> str:
     return f"{type(problem).__name__}: {lines[0] if lines else ''}".rstrip(". ")
 
 
-def _launch_once(asked: Workers, assignment: Assignment) -> Exception | None:
-    """Have the launcher start all workers and wait for them; what went wrong."""
+def _launch_once(asked: Workers, assignment: Assignment, progress: Progress) -> Exception | None:
+    """Have the launcher start all workers and wait until they have ended; what went wrong."""
     problems: list[Exception] = []
     relay = Relay(assignment.logs)
+
+    def goes_on() -> bool:
+        # A launcher may give up on all workers when one of them dies, and the others work on.
+        return thread.is_alive() or (bool(problems) and progress.running())
 
     def wait() -> None:
         # Inherited by what is started here: Ctrl-C at the terminal is for this process, which tells the workers.
@@ -234,7 +257,7 @@ def _launch_once(asked: Workers, assignment: Assignment) -> Exception | None:
     thread = threading.Thread(target=wait, daemon=True, name="launcher")
     thread.start()
     try:
-        relay.until_ended(thread)
+        relay.show_while(goes_on)
     except KeyboardInterrupt:
         (assignment.logs / STOP).touch()
         if asked.elsewhere:
@@ -242,7 +265,7 @@ def _launch_once(asked: Workers, assignment: Assignment) -> Exception | None:
                 "stop", "workers", f"end within seconds; jobs in a queue when they start, or with {_cancel(assignment)}"
             )
         else:
-            relay.until_ended(thread)
+            relay.show_while(goes_on)
         raise
     return problems[0] if problems else None
 
@@ -280,10 +303,10 @@ class Relay:
         self._logs = logs
         self._shown = {path: path.stat().st_size for path in logs.glob("worker-*.log")}
 
-    def until_ended(self, thread: threading.Thread) -> None:
-        while thread.is_alive():
+    def show_while(self, goes_on: Callable[[], bool]) -> None:
+        while goes_on():
             self._show()
-            thread.join(LOOK_S)
+            time.sleep(LOOK_S)
         self._show()
 
     def _show(self) -> None:
@@ -307,18 +330,22 @@ def work(assignment: Assignment, config: DictConfig) -> None:
     number = HydraConfig.get().job.num
     if assignment.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = assignment.gpus[number]
+    orphaned = False
     with _written_to(assignment.logs / f"worker-{number}.log"):
         keep_chatter(assignment.store)
         try:
-            with _stoppable(assignment):
+            with _stoppable(assignment) as is_orphan:
                 if assignment.checks:
                     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in assignment.cells}:
                         serve.check(nbytes)
                 run_all(assignment.cells, assignment.store, assignment.run)
         except KeyboardInterrupt:
+            orphaned = is_orphan()
             say("stopped", f"worker {number}", "what is finished is kept")
         finally:
             release()
+    if orphaned:  # nobody is left that would end this process
+        leave(STATUS)
 
 
 @contextmanager
@@ -339,18 +366,21 @@ def _written_to(log: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _stoppable(assignment: Assignment) -> Iterator[None]:
+def _stoppable(assignment: Assignment) -> Iterator[Callable[[], bool]]:
     """In here there is a KeyboardInterrupt when the run is stopped, or when the process that launched it is gone and
-    this one descends from it: jobs of a cluster outlive it.
+    this one descends from it: jobs of a cluster outlive it. Gives a function that says whether it is gone so.
     """
     with contextlib.suppress(OSError):  # already so
         os.setsid()  # out of reach of the terminal's Ctrl-C
     parent = next((p for p in psutil.Process().parents() if (p.pid, p.create_time()) == assignment.parent), None)
     ended, main = threading.Event(), threading.get_ident()
 
+    def is_orphan() -> bool:
+        return parent is not None and not _lives(parent)
+
     def watch() -> None:
         while not ended.wait(LOOK_S):
-            if (assignment.logs / STOP).exists() or (parent is not None and not _lives(parent)):
+            if (assignment.logs / STOP).exists() or is_orphan():
                 signal.pthread_kill(main, signal.SIGINT)
                 return
 
@@ -358,7 +388,7 @@ def _stoppable(assignment: Assignment) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         threading.Thread(target=watch, daemon=True, name="stop").start()
-        yield
+        yield is_orphan
     finally:
         ended.set()
 

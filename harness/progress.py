@@ -74,10 +74,20 @@ def holder_of(name: str, store: Store) -> Holder | None:
     with contextlib.suppress(OSError, ValueError):
         found = Holder(**json.loads(store.path("running", f"{name}.json").read_text()))
         sign_of_life = store.path("locks", f"cells-{name}.lock").stat().st_mtime
-        if found.host == socket.gethostname():
-            return found if psutil.pid_exists(found.pid) else None
-        return found if time.time() - sign_of_life < LEASE_S else None
+        if found.host != socket.gethostname():
+            return found if time.time() - sign_of_life < LEASE_S else None
+        with contextlib.suppress(psutil.Error):  # a number may be given to another process later
+            return found if psutil.Process(found.pid).create_time() <= found.since else None
     return None
+
+
+def was_abandoned(cell: Cell, run: str, store: Store) -> bool:
+    """Whether a worker of the run was at the cell and is gone without having left it."""
+    name = cell_name(cell)
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(store.path("running", f"{name}.json").read_text())
+        return found["run"] == run and holder_of(name, store) is None
+    return False
 
 
 @dataclass(frozen=True)

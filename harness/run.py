@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from harness import bill, gather, launch, report, scoring, stages
 from harness.commandline import checked, refuse_politely
 from harness.errors import during
-from harness.interrupt import interruptible
+from harness.host import without_secrets
+from harness.interrupt import interruptible, leave
 from harness.plan import Plan, from_json
 from harness.progress import Progress, await_turn, taken
 from harness.serve import release
@@ -157,8 +158,17 @@ def keep_chatter(store: Store) -> None:
     """What libraries log goes to a file: our own progress lines say more."""
     file = store.path("logs", "run.log")
     file.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(filename=file, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    handler = logging.FileHandler(file)
+    handler.setFormatter(WithoutSecrets("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class WithoutSecrets(logging.Formatter):
+    """What this process's environment holds in secret does not go into its log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,10 +11,12 @@ A long list is not sent at all where a `digest` of it shows that it is the expec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import marshal
 import sys
+from array import array
 from base64 import b64decode, b64encode
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
@@ -48,10 +50,19 @@ def digest(value: Any) -> bytes | None:
     found = hashlib.sha256()
     try:
         for start in range(0, len(value), LONG):
-            found.update(marshal.dumps(value[start : start + LONG], 0))  # the version that depends on values alone
+            found.update(_bytes(value[start : start + LONG]))
     except ValueError:
         return None
     return found.digest()
+
+
+def _bytes(values: list[Any]) -> bytes:
+    """The same for equal values of equal classes alone. Raises ValueError if there is more than plain values."""
+    if set(map(type, values)) == {tuple}:
+        with contextlib.suppress(TypeError):  # tuples of text alone: one MBPP problem has a hundred million
+            text = "\0".join(map("\1".join, values))
+            return b"t" + array("q", map(len, values)).tobytes() + text.encode("utf-8", "surrogatepass")
+    return b"m" + marshal.dumps(values, 0)  # the version that depends on nothing but values
 
 
 def _encoded(value: Any) -> Any:

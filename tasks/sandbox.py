@@ -90,6 +90,8 @@ class Sandbox:
         with self._folder() as folder:
             try:
                 socket.send_fds(self.requests, [REQUEST.pack(slot % USERS)], theirs)
+            except OSError as error:
+                raise SandboxError(f"the sandbox ended: {self._words()}") from error
             finally:
                 for descriptor in theirs:
                     os.close(descriptor)
@@ -98,7 +100,8 @@ class Sandbox:
                 with contextlib.suppress(BrokenPipeError), open(job_writer, "wb", closefd=False) as file:
                     file.write(HEADER.pack(READY, len(text)) + text)
                 if _read(frames, HEADER.size) != HEADER.pack(READY, 0):
-                    raise SandboxError(self._words())
+                    self.check()
+                    raise SandboxError(f"a program was not started: {self._words()}")
                 yield frames, job_writer
             finally:
                 os.close(wanted)

@@ -25,4 +25,6 @@ def test_the_tests_it_names_exist_and_are_slow_where_it_says_so() -> None:
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == (test or node.name)]
         assert found, f"{file}::{test}"
         marks = [*map(ast.unparse, found[0].decorator_list), *whole]
-        assert not test or any("pytest.mark.slow" in mark for mark in marks) == bool(slow), f"{file}::{test}"
+        assert not test or ({"pytest.mark.slow", "pytestmark = pytest.mark.slow"} & set(marks) != set()) == bool(
+            slow
+        ), f"{file}::{test}"

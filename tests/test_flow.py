@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from harness.models import ROOT
-from tests.runs import bench, command, environment, results, servers, temporary_files
+from tests.runs import bench, servers, temporary_files
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +69,7 @@ def test_a_new_method_uses_the_statistics_that_are_there(
     assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
 
 
+@pytest.mark.slow
 def test_recovered_and_sliced_models_go_through_the_same_flow(tmp_path: Path) -> None:
     """Trained routers and a width slice: checkpoints that one engine turns to; searched counts beside them."""
     store = tmp_path / "store"
@@ -90,27 +86,6 @@ def test_recovered_and_sliced_models_go_through_the_same_flow(tmp_path: Path) ->
         assert record["size"]["bytes"] < 0.6 * record["original"]["bytes"]
     assert "recovery tokens" in done.stdout and "held-out KL before" in done.stdout
     assert temporary_files(store) == []
-
-
-def test_killed_half_way_it_finishes_without_repeating_anything(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    store = tmp_path / "store"
-    process = subprocess.Popen(
-        command(store), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(store)
-    )
-    deadline = time.monotonic() + 300
-    while len(list(store.glob("scores/*.json"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = {path: path.stat().st_mtime_ns for kind in ("stats", "scores") for path in (store / kind).iterdir()}
-    assert len(kept) >= 5
-    done = bench(store)
-    assert done.returncode == 0, done.stderr
-    assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items()), "finished work was repeated"
-    pd.testing.assert_frame_equal(results(store), results(finished[0]))
-    assert temporary_files(store) == [], "the second run takes away what the kill left"
 
 
 def test_a_cell_that_fails_becomes_a_failed_record_and_the_others_go_on(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from textwrap import dedent, indent
 import psutil
 import pytest
 
-from tasks.evalplus_code import judge, why_not
+from tasks.judging import judge, why_not
 from tasks.sandbox import FORMS, NO_SANDBOX
 
 HONEST = "    return a + b"

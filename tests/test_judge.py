@@ -24,8 +24,9 @@ import pytest
 
 from harness.errors import StageError, UserError
 from harness.models import ROOT
-from tasks import evalplus_code, plain_values, sandbox
-from tasks.evalplus_code import UNSANDBOXED, EvalPlus, judge
+from tasks import judging, plain_values, sandbox
+from tasks.evalplus_code import UNSANDBOXED, EvalPlus
+from tasks.judging import judge
 from tasks.sandbox import FORMS, NO_SANDBOX
 from tests.conftest import needs_shared
 
@@ -49,10 +50,16 @@ def read(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
-def write_problems(folder: Path, number: int) -> Path:
+def write_problems(folder: Path, number: int, **changes: object) -> Path:
     path = folder / "problems.jsonl"
-    path.write_text("".join(json.dumps({**PROBLEM, "task_id": f"Test/{i}"}) + "\n" for i in range(number)))
+    problems = ({**PROBLEM, "task_id": f"Test/{i}", **changes} for i in range(number))
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return path
+
+
+def write_long_problems(folder: Path) -> Path:
+    """Two that give a program a minute: it is defined in the time of all its inputs."""
+    return write_problems(folder, 2, base_input=[[1, 2]] * 60)
 
 
 def verdicts(folder: Path, *programs: str) -> list[tuple[str, str]]:
@@ -64,7 +71,7 @@ def verdicts(folder: Path, *programs: str) -> list[tuple[str, str]]:
 
 
 def needs(form: str) -> str:
-    if (problem := evalplus_code.why_not(form)) is not None:
+    if (problem := judging.why_not(form)) is not None:
         pytest.skip(f"no {form} here: {problem}")
     return form
 
@@ -75,6 +82,15 @@ def descendants(process: psutil.Process, at_least: int) -> list[psutil.Process]:
     while len(found := process.children(recursive=True)) < at_least and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(found) >= at_least
+    return found
+
+
+def with_words(processes: list[psutil.Process], words: str) -> list[psutil.Process]:
+    """Those whose command line has these words; some may have ended since."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found += [process] if words in " ".join(process.cmdline()) else []
     return found
 
 
@@ -133,7 +149,7 @@ def test_a_broken_problem_is_an_error_and_no_verdict(tmp_path: Path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from tasks.evalplus_code import judge
+from tasks.judging import judge
 folder = Path(sys.argv[1])
 loop = "def spin():\\n    while True: pass\\n    return 0\\nx = spin()\\ndef add(a, b):\\n    return a + b + x"
 honest = "def add(a, b):\\n    return a + b"
@@ -144,7 +160,7 @@ PROCESSES = 8  # the judge, a worker and its checker; the sandbox's two, one per
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_judge_ends_with_the_harness(tmp_path: Path, form: str):
-    write_problems(tmp_path, 2)
+    write_long_problems(tmp_path)
     harness = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), needs(form)], cwd=ROOT)
     found = descendants(psutil.Process(harness.pid), PROCESSES)
     harness.kill()
@@ -153,12 +169,12 @@ def test_the_judge_ends_with_the_harness(tmp_path: Path, form: str):
 
 
 def test_a_worker_that_is_killed_costs_one_program_its_verdict(tmp_path: Path):
-    write_problems(tmp_path, 2)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), evalplus_code.first_form()]
+    write_long_problems(tmp_path)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), judging.first_form()]
     harness = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert harness.stdout is not None
     found = descendants(psutil.Process(harness.pid), PROCESSES)
-    workers = [process for process in found if "evalplus_judge" in " ".join(process.cmdline())]
+    workers = with_words(found, "evalplus_judge.py")
     judge_process = next(process for process in workers if process.ppid() == harness.pid)
     deadline = time.monotonic() + 60
     while len(left := judge_process.children()) > 2 and time.monotonic() < deadline:  # the loop's, and the sandbox
@@ -171,11 +187,11 @@ def test_a_worker_that_is_killed_costs_one_program_its_verdict(tmp_path: Path):
 
 
 def test_a_sandbox_that_ends_is_no_verdict(tmp_path: Path):
-    write_problems(tmp_path, 2)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), evalplus_code.first_form()]
+    write_long_problems(tmp_path)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), judging.first_form()]
     harness = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     found = descendants(psutil.Process(harness.pid), PROCESSES)
-    inside = [process for process in found if "tasks.program import main" in " ".join(process.cmdline())]
+    inside = with_words(found, "tasks.program import main")
     next(process for process in inside if process.name().startswith("python")).kill()
     _, errors = harness.communicate(timeout=120)
     assert "StageError" in errors and "the sandbox ended" in errors
@@ -187,7 +203,8 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from harness.errors import UserError
-from tasks.evalplus_code import UNSANDBOXED, EvalPlus, judge
+from tasks.evalplus_code import UNSANDBOXED, EvalPlus
+from tasks.judging import judge
 folder = Path(sys.argv[1])
 task = EvalPlus("code", "humaneval", str(folder / "problems.jsonl"))
 said = []
@@ -231,7 +248,7 @@ def test_where_there_is_a_sandbox_it_is_used_whatever_one_says(tmp_path: Path):
 USERS_SCRIPT = """
 import json, sys
 from pathlib import Path
-from tasks.evalplus_code import judge
+from tasks.judging import judge
 folder, form = Path(sys.argv[1]), sys.argv[2]
 codes = [
     "import os\\ndef add(a, b):\\n    return a + b if os.getuid() not in (0, 12345) else None",
@@ -301,12 +318,12 @@ def test_equal_programs_are_judged_once_but_not_after_a_time_out(
         asked.append(set(programs))
         return {name: {"solution": code, "base": code, "plus": code} for name, code in programs.items()}
 
-    monkeypatch.setattr(evalplus_code, "_run", run)
-    monkeypatch.setattr(evalplus_code, "_judged", {})
+    monkeypatch.setattr(judging, "_run", run)
+    monkeypatch.setattr(judging, "_judged", {})
     problems = tmp_path / "problems"
     problems.write_text("")
     for programs in ({"a": "pass", "b": "timeout"}, {"a": "pass", "b": "timeout"}, {"a": "fail"}, {"a": "fail"}):
-        found = evalplus_code.judge("humaneval", problems, programs, tmp_path)
+        found = judging.judge("humaneval", problems, programs, tmp_path)
         assert {name: verdict["base"] for name, verdict in found.items()} == programs
     assert asked == [{"a", "b"}, {"b"}, {"a"}]
 
@@ -445,6 +462,8 @@ HONEST = {
     "digit_distance_nums": ("return 6", [[1, 7], [1, 7]], 0, ["return 6", "return '6'"]),
 }
 OF_MBPP = ("similar_elements", "check_str", "are_equivalent", "sum_div", "surface_Area", "digit_distance_nums")
+LONG = ("long",)
+OTHERS = tuple(name for name in HONEST if name not in (*OF_MBPP, *LONG))
 PARAMETERS = {
     "count": "text",
     "mean": "values",
@@ -470,13 +489,17 @@ for task_id, code in json.load(open(programs)).items():
 """
 
 
-@pytest.mark.parametrize("dataset", ["humaneval", "mbpp"])
-def test_honest_programs_get_the_verdict_that_evalplus_gives_in_their_own_process(tmp_path: Path, dataset: str):
+@pytest.mark.parametrize(
+    "dataset, entry_points",
+    [("humaneval", OTHERS), ("mbpp", OF_MBPP), pytest.param("humaneval", LONG, marks=pytest.mark.slow)],
+)
+def test_honest_programs_get_the_verdict_that_evalplus_gives_in_their_own_process(
+    tmp_path: Path, dataset: str, entry_points: tuple[str, ...]
+):
     """Values of many classes, tolerances, special oracles and exceptions: EvalPlus's own check is the oracle."""
     problems, programs = [], {}
-    for entry_point, (reference, inputs, atol, bodies) in HONEST.items():
-        if (entry_point in OF_MBPP) != (dataset == "mbpp"):
-            continue
+    for entry_point in entry_points:
+        reference, inputs, atol, bodies = HONEST[entry_point]
         head = f"def {entry_point}({PARAMETERS.get(entry_point, 'a, b')}):\n"
         for body in (reference, *bodies):
             task_id = f"Test/{9000 + len(problems)}"  # EvalPlus turns the inputs of some MBPP numbers into tuples
@@ -535,6 +558,10 @@ def test_only_equal_long_lists_of_equal_classes_have_equal_digests():
     assert plain_values.digest(values[:-1]) != plain_values.digest(values)
     texts = ["".join("ab") for _ in values]  # neither interned nor one object
     assert plain_values.digest(texts) == plain_values.digest(["ab"] * len(values))
+    pairs = [("a", "b")] * len(values)
+    assert plain_values.digest(pairs) == plain_values.digest([("a", "".join("b")) for _ in values])
+    for other in (("a\1b",), ("a", "b", ""), ("a", b"b"), ["a", "b"], "ab", ("b", "a"), ("a", None)):
+        assert plain_values.digest([*pairs[:-1], other]) != plain_values.digest(pairs)
     assert plain_values.digest(values[:9]) is plain_values.digest(tuple(values)) is None
     assert plain_values.digest([*values, object()]) is None
 

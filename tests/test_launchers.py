@@ -34,27 +34,22 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(store: Path, plain: Path) -> None:
+    """Tables and records are those of the plain run, apart from times, and all of one run."""
     pd.testing.assert_frame_equal(results(store), results(plain))
-    names = {path.name for path in (store / "records").iterdir()}
-    assert names == {path.name for path in (plain / "records").iterdir()}
-    records = [json.loads((store / "records" / name).read_text()) for name in names]
-    for record in records:
-        before = json.loads((plain / "records" / f"{name_of(record, plain)}").read_text())
-        times = {"run", "seconds", "provenance", "served", "peak_memory", "answering_s"}
-        assert {k: v for k, v in record.items() if k not in times} == {
-            k: v for k, v in before.items() if k not in times
-        }
-    assert len({record["run"] for record in records}) == 1
+    found, before = records(store), records(plain)
+    times = {"run", "seconds", "provenance", "served", "peak_memory"}
+    assert found.keys() == before.keys() and len(found) == 3
+    for name, record in found.items():
+        assert without(record, times) == without(before[name], times)
+    assert len({record["run"] for record in found.values()}) == 1
 
 
-def name_of(record: dict, store: Path) -> str:
-    """The file in this store of the record of the same cell and task."""
-    (found,) = (
-        path.name
-        for path in (store / "records").iterdir()
-        if all(json.loads(path.read_text())[key] == record[key] for key in ("cell", "task"))
-    )
-    return found
+def records(store: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in (store / "records").iterdir()}
+
+
+def without(record: dict, names: set[str]) -> dict:
+    return {name: value for name, value in record.items() if name not in names}
 
 
 def of_store(store: Path) -> list[psutil.Process]:
@@ -130,6 +125,30 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(launcher: str, plain: Pa
     same(store, plain)
     assert any(line.startswith("failed     worker") for line in errors.splitlines()), errors
     assert list((store / "running").glob("*.json")) == []
+
+
+def test_a_cell_whose_workers_die_again_and_again_becomes_a_failed_record(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    killed: set[int] = set()
+
+    def kill_the_next() -> bool:
+        with contextlib.suppress(IndexError, OSError, ValueError):
+            holder = json.loads(list((store / "running").glob("*.json"))[0].read_text())
+            if holder["pid"] not in killed:
+                os.kill(holder["pid"], signal.SIGKILL)
+                killed.add(holder["pid"])
+                return True
+        return False
+
+    with started(store, *BY_HF, "method=none", "workers=2") as process:
+        for _ in range(3):
+            wait_for(kill_the_next)
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    (record,) = records(store).values()
+    assert record["status"] == "failed" and record["stage"] == "worker" and "3 workers died" in record["error"]
+    assert "metrics" not in record and "✗" in output
+    assert "1 cells: 0 done, 1 failed" in errors and "retry" in errors
 
 
 @pytest.mark.parametrize("launcher", ["local", "submitit", "ray_local"])

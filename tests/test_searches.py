@@ -38,7 +38,7 @@ def planned(name: str, store: Path) -> Plan:
     return stages.plan(cell, gather.statistics(cell, Store(store)), Store(store))
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", ["EvoESAP", pytest.param("RCO", marks=pytest.mark.slow)])
 def test_a_killed_search_ends_as_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     command = [sys.executable, "-m", "harness.run", *arguments(name, broken)]

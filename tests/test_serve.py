@@ -257,7 +257,10 @@ with build("serve", {**conf(sys.argv[2]), **settings}).serve(Weights(folder), "t
 """
 
 
-@pytest.mark.parametrize("kind, victim", [("vllm", "harness"), ("vllm", "host"), ("hf", "harness")])
+@pytest.mark.parametrize(
+    "kind, victim",
+    [("vllm", "harness"), pytest.param("vllm", "host", marks=pytest.mark.slow), ("hf", "harness")],
+)
 def test_killing_us_or_the_host_leaves_no_process(folder: Path, kind: str, victim: str):
     harness = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(folder), f"serve/{kind}.yaml"],

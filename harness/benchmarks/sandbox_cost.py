@@ -22,7 +22,7 @@ import pandas as pd
 from harness.models import ROOT
 from harness.provenance import provenance
 from tasks import plain_values, sandbox
-from tasks.evalplus_code import why_not
+from tasks.judging import why_not
 from tasks.sandbox import FORMS, NO_SANDBOX, Job, Sandbox
 
 PROBLEMS = ROOT / "tasks" / "tiny" / "data" / "tiny_code.jsonl"
