@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,10 +22,10 @@ from harness.models import Model, role
 from harness.plan import LayerPlan, Plan
 from harness.serve import VLLM, Server
 from harness.spec import Cell
-from harness.stats import LayerStats, Stats
 from harness.store import Store, key
 from harness.sweep import Sweep
 from harness.thinking import ThinkThenAnswer
+from harness.trial import trial_plan
 from methods import Method
 from tasks import Task
 
@@ -147,22 +146,11 @@ def cache_bytes(model: Model) -> float:
 
 
 def keeps_rows(method: Method) -> bool:
-    """Whether the method's plans keep every router row, as merging does. Methods are pure: it is asked on random sums
-    of 8 experts.
+    """Whether the method's plans keep every router row, as merging does; the larger of the two where it cannot be
+    asked. What is searched over are experts to prune.
     """
-    experts, rng = 8, np.random.default_rng(0)
-    flat = {name: 1 + rng.random(experts) for name in (*stats.ROUTED, *stats.EXTRAS, *stats.WEIGHTS)}
-    gram = {name: (rows := rng.random((experts, experts))) @ rows.T for name in stats.PAIRWISE}
-    wide = {name: rng.random((experts, 4)) for name in stats.OF_OUTPUTS}
-    shape = {"pair_barrier": (experts, experts), "triangles": (0, 3), "triple_barrier": (0,)}
-    barriers = {name: np.zeros(shape[name.split(".")[0]]) for name in stats.BARRIERS}
-    layer = LayerStats(experts, 100, {**flat, **gram, **wide, **barriers})
-    if "search" in method.needs:
-        return False  # what is searched over are experts to prune
-    with suppress(Exception):
-        made = method.plan(Stats({0: layer}, error=lambda layer, plan: 0.0), {0: experts // 2})
-        return len(made[0].kept_rows) == experts
-    return True  # it cannot be asked: the larger of the two
+    made = trial_plan(method)
+    return "search" not in method.needs if made is None else len(made.kept_rows) == len(made.routes)
 
 
 def expected_plan(cell: Cell) -> Plan:

@@ -9,7 +9,6 @@ common is the store. Each writes what it says to a log of its own in the store, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -31,7 +30,6 @@ import psutil
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -42,16 +40,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.build import CONF, one_message
 from harness.errors import DiskFullError, StageError, UserError
-from harness.interrupt import STATUS, leave
 from harness.progress import Progress, was_abandoned
 from harness.scoring import Failure, record
 from harness.spec import Cell
 from harness.store import Store, say
 from harness.sweep import first_values
+from harness.worker import STOP, Assignment, work
 
-LOOK_S = 0.5  # between two looks of the launching process at its workers' logs, and of workers whether to stop
+LOOK_S = 0.5  # between two looks at the workers' logs
 DEATHS = 3  # of workers at a cell before it is given up
-STOP = "stop"  # name of the file that ends all workers of a run
 # Launchers that start processes on this machine and know nothing of GPUs: theirs are shared out here.
 PLAIN = ("JoblibLauncher", "LocalLauncher")
 
@@ -69,23 +66,6 @@ class Workers:
     settings: tuple[str, ...]
     elsewhere: bool
     plain: bool
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a worker is told. cells: all there are. folder: to work in. logs: folder of the run's logs. parent: pid and
-    start of the launching process. gpus: of each worker, where the launcher does not see to them. checks: whether the
-    machine must be looked at first, because it may be another one.
-    """
-
-    cells: tuple[Cell, ...]
-    store: Store
-    run: str
-    folder: str
-    logs: Path
-    parent: tuple[int, float]
-    gpus: tuple[str, ...]
-    checks: bool
 
 
 def new_run() -> str:
@@ -319,81 +299,3 @@ class Relay:
             number = path.stem.rpartition("-")[2]
             for line in text.decode(errors="replace").splitlines():
                 print(f"[{number}] {line}", file=sys.stderr, flush=True)
-
-
-def work(assignment: Assignment, config: DictConfig) -> None:
-    """What a worker does, wherever a launcher has started it."""
-    from harness.run import keep_chatter, run_all
-    from harness.serve import release
-
-    os.chdir(assignment.folder)
-    number = HydraConfig.get().job.num
-    if assignment.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = assignment.gpus[number]
-    orphaned = False
-    with _written_to(assignment.logs / f"worker-{number}.log"):
-        keep_chatter(assignment.store)
-        try:
-            with _stoppable(assignment) as is_orphan:
-                if assignment.checks:
-                    for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in assignment.cells}:
-                        serve.check(nbytes)
-                run_all(assignment.cells, assignment.store, assignment.run)
-        except KeyboardInterrupt:
-            orphaned = is_orphan()
-            say("stopped", f"worker {number}", "what is finished is kept")
-        finally:
-            release()
-    if orphaned:  # nobody is left that would end this process
-        leave(STATUS)
-
-
-@contextmanager
-def _written_to(log: Path) -> Iterator[None]:
-    """In here all that this process and those it starts print goes to the log."""
-    before = [os.dup(1), os.dup(2)]
-    with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for stream, descriptor in zip((1, 2), before, strict=True):
-            os.dup2(descriptor, stream)
-            os.close(descriptor)
-
-
-@contextmanager
-def _stoppable(assignment: Assignment) -> Iterator[Callable[[], bool]]:
-    """In here there is a KeyboardInterrupt when the run is stopped, or when the process that launched it is gone and
-    this one descends from it: jobs of a cluster outlive it. Gives a function that says whether it is gone so.
-    """
-    with contextlib.suppress(OSError):  # already so
-        os.setsid()  # out of reach of the terminal's Ctrl-C
-    parent = next((p for p in psutil.Process().parents() if (p.pid, p.create_time()) == assignment.parent), None)
-    ended, main = threading.Event(), threading.get_ident()
-
-    def is_orphan() -> bool:
-        return parent is not None and not _lives(parent)
-
-    def watch() -> None:
-        while not ended.wait(LOOK_S):
-            if (assignment.logs / STOP).exists() or is_orphan():
-                signal.pthread_kill(main, signal.SIGINT)
-                return
-
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        threading.Thread(target=watch, daemon=True, name="stop").start()
-        yield is_orphan
-    finally:
-        ended.set()
-
-
-def _lives(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False

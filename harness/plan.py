@@ -185,7 +185,7 @@ def read(file: Path) -> Plan:
     """The plan in a file. Raises UserError if it cannot be read or is none."""
     try:
         if not file.is_file():
-            raise UserError(f"There is no plan file {file}. Plans of runs are in <store>/plans/.")
+            raise UserError(f"{file} cannot be read: there is no such file. Plans of runs are in <store>/plans/.")
         if (size := file.stat().st_size) > LARGEST:
             raise UserError(f"{file} is no plan: it has {size:,} bytes, and a plan at most {LARGEST:,}.")
         text = file.read_text("utf-8")

@@ -72,6 +72,11 @@ class Wanda:
         check_plain(model)
         self.text.check()
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise UserError for plans whose checkpoint could not be pruned as what it is."""
+        check_even(plan)
+        check_no_copies(plan, "Wanda")
+
     def share_after(self, plan: Plan) -> float:
         """r2, the share of each row that becomes zero under this plan."""
         if self.share is not None:
@@ -83,8 +88,7 @@ class Wanda:
     def remake(self, given: Remaking, folder: Path) -> dict[str, Any]:
         """Report: r1, r2, the share of zeros in the experts' matrices, the experts with few tokens, tokens, seconds."""
         start = time.perf_counter()
-        check_even(given.plan)
-        check_no_copies(given.plan, "Wanda")
+        self.check_plan(given.plan)
         share = self.share_after(given.plan)
         ids, _ = packed(self.text, given.model, given.store)
         model = given.model.load("float32")

@@ -25,6 +25,7 @@ from harness.errors import UserError
 from tasks import LLM, Item, Metric, Score
 from tasks.completions import Completion, complete, degenerate
 from tasks.judging import first_form, judge, why_not
+from tasks.local_rows import check_alike, kind
 from tasks.sandbox import FORMS, NO_SANDBOX
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,7 @@ POSSIBLE = (
     "--security-opt systempaths=unconfined. Or leave this task out. Or, if whatever a damaged model writes may read "
     f"and delete this machine's files and use its network, say so: unsandboxed='{UNSANDBOXED}'"
 )
+ALIKE = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "atol")  # MBPP+ has plus_input {}
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ class EvalPlus:
             raise UserError(f"{self.name}: limit={self.limit} leaves no problems. Leave it out for all.")
         problems = self._problems()
         for problem in problems:
+            if not isinstance(problem, dict):
+                raise UserError(f"{self.name}: a problem in {self._path} is {kind(problem)}, not a JSON object.")
             if missing := [field for field in FIELDS if field not in problem]:
                 raise UserError(f"{self.name}: a problem in {self._path} has no {', '.join(missing)}.")
+        check_alike(self.name, self._path, problems, ALIKE)
         ids = [problem["task_id"] for problem in problems]
         if not ids or len(set(ids)) < len(ids):
             raise UserError(f"{self.name}: {self._path} must hold problems, each with a task_id of its own.")

@@ -7,16 +7,21 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError, meta
+
 from harness.errors import UserError
+from tasks.local_rows import check_alike, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK = "lm_eval:"  # such paths lie in lm-eval's own folder of tasks
 SPLITS = ("train", "validation", "test", "dev")
+TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")  # a field's name, or Jinja over the fields
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -36,10 +41,21 @@ class TaskFile:
     copy: str = ""
 
     def check(self) -> None:
-        """Raise UserError if the file cannot be read or its local data is missing."""
+        """Raise UserError if the file cannot be read, its local data is missing, or a row that will be asked about is
+        not what the others are.
+        """
         for path in self.data_files:
             if not path.is_file():
                 raise UserError(f"{self.label}: {self.path} names the data file {path}, which does not exist.")
+        fields = set() if "process_docs" in self.config else _fields(self.config)
+        for path in self.splits.get(self._scored or "", []):
+            if path.suffix == ".jsonl":
+                check_alike(self.label, path, rows(self.label, path), fields)
+
+    @property
+    def _scored(self) -> str | None:
+        """The split whose rows are asked about."""
+        return self.config.get("test_split") or self.config.get("validation_split")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -79,8 +95,7 @@ class TaskFile:
 
     def count(self, original: int) -> int:
         """Rows of the scored split where we can count them, else what lm-eval says."""
-        scored = self.config.get("test_split") or self.config.get("validation_split")
-        files = self.splits.get(scored, []) if scored else []
+        files = self.splits.get(self._scored or "", [])
         if len(files) != 1 or files[0].suffix != ".jsonl" or "process_docs" in self.config:
             return original
         return sum(1 for line in files[0].read_text().split("\n") if line.strip())
@@ -158,6 +173,17 @@ def _function_files(config: Any) -> list[Path]:
     if isinstance(config, str) and (path := Path(config.rpartition(".")[0] + ".py")).is_absolute() and path.is_file():
         return [path]
     return []
+
+
+def _fields(config: Mapping[str, Any]) -> set[str]:
+    """The fields of a row that the prompt, the choices and the answer are made of, where these are templates."""
+    texts = [text for name in TEMPLATES if isinstance(text := config.get(name), str) and "!function" not in text]
+    templates = [text if "{" in text else f"{{{{{text}}}}}" for text in texts if "{" in text or text.isidentifier()]
+    found: set[str] = set()
+    for template in templates:
+        with suppress(TemplateSyntaxError):
+            found |= meta.find_undeclared_variables(Environment().parse(template))
+    return found
 
 
 def _absolute(config: dict[str, Any], folder: Path) -> dict[str, Any]:
