@@ -96,6 +96,7 @@ class EvalPlus:
             "max_tokens": self.max_tokens,
             "memory_gib": self.memory_gib,
             "prompt": "direct completion, greedy",
+            "judge": 2,  # raise it when a change of the judge can change a verdict
         }
 
     def score(self, llm: LLM, workdir: Path) -> Score:
