@@ -23,7 +23,13 @@ def test_ends_with_a_table_a_plot_and_complete_records(
 ) -> None:
     store, done = finished
     assert done.returncode == 0, done.stderr
-    for word in ("tiny_sums exact_match (n=6)", "tiny_facts acc_norm", "tiny_code plus_pass@1", "run.csv", "run.png"):
+    for word in (
+        "tiny_sums exact_match (n=6 of 300)",
+        "tiny_facts acc_norm",
+        "tiny_code plus_pass@1",
+        "run.csv",
+        "run.png",
+    ):
         assert word in done.stdout
     records = [json.loads(path.read_text()) for path in (store / "records").iterdir()]
     assert len(records) == 9

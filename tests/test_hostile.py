@@ -334,13 +334,14 @@ def judge_table(programs: dict[str, str], folder: Path, form: str) -> Judged:
 @contextmanager
 def watching() -> Iterator[set[psutil.Process]]:
     """Every process that this one and its descendants start meanwhile (looked for every 50 ms)."""
+    before = set(psutil.Process().children(recursive=True))  # servers that earlier tests have started may stay
     seen: set[psutil.Process] = set()
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.05):
             with suppress(psutil.Error):
-                seen.update(psutil.Process().children(recursive=True))
+                seen.update(set(psutil.Process().children(recursive=True)) - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
