@@ -36,15 +36,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from harness.build import CONF, one_message
+from harness.build import CONF
 from harness.errors import DiskFullError, StageError, UserError
 from harness.progress import Progress, was_abandoned
 from harness.scoring import Failure, record
 from harness.spec import Cell
 from harness.store import Store, say
-from harness.sweep import first_values
+from harness.sweep import first_config
 from harness.worker import STOP, Assignment, work
 
 LOOK_S = 0.5  # between two looks at the workers' logs
@@ -75,14 +74,14 @@ def new_run() -> str:
 
 def workers(arguments: Sequence[str]) -> Workers | None:
     """Whom this command line asks for; None for this process alone. Raises UserError for what cannot be started."""
-    config = _composed(arguments)
+    config = first_config(tuple(arguments))
     count, gpus = _whole("workers", config.workers, 1), config.gpus_per_worker
     chosen = config.hydra.runtime.choices["hydra/launcher"]
     if chosen == "basic":
         if count == 1:
             return None
         chosen = "local"
-        config = _composed(arguments, "hydra/launcher=local")
+        config = first_config((*arguments, "hydra/launcher=local"))
     kind = _launcher_class(chosen, config.hydra.launcher)
     settings = tuple(config.hydra.overrides.hydra)
     if kind.__name__ == "JoblibLauncher":
@@ -100,15 +99,6 @@ def workers(arguments: Sequence[str]) -> Workers | None:
             f"Possible: {possible}."
         )
     return Workers(count, gpus, chosen, settings, elsewhere, plain)
-
-
-def _composed(arguments: Sequence[str], *more: str) -> DictConfig:
-    """The config of a command line's first cell, Hydra's own part included."""
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", overrides=[*first_values(arguments), *more], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(one_message(error)) from error
 
 
 def _whole(name: str, value: object, least: int) -> int:

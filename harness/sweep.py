@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -58,10 +59,9 @@ class Sweep:
 
 def expand(overrides: Sequence[str]) -> Sweep:
     """Compose every cell of the command line, without running any. Raises UserError."""
-    arguments = [argument for argument in overrides if argument not in ("-m", "--multirun")]
+    arguments, first = _without_flags(overrides), first_config(tuple(overrides))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            first = compose("config", overrides=first_values(arguments), return_hydra_config=True)
             params = [f"{name}={value}" for name, value in (first.hydra.sweeper.params or {}).items()]
             asked = parsed([*params, *arguments])
             configs = [first]
@@ -143,7 +143,23 @@ def _settings(cell: Cell, task: Task) -> tuple:
     return cell.model, method, cell.ratio, parts, text, task, cell.serve.identity()
 
 
-def first_values(arguments: Sequence[str]) -> list[str]:
+@functools.lru_cache(maxsize=1)
+def first_config(overrides: tuple[str, ...]) -> DictConfig:
+    """The config of a command line's first cell, Hydra's own part included. Raises UserError."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            first = _first_values(_without_flags(overrides))
+            return compose("config", overrides=first, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(one_message(error)) from error
+
+
+def _without_flags(overrides: Sequence[str]) -> list[str]:
+    """Hydra's own command lines ask for a grid by a flag; here commas do."""
+    return [argument for argument in overrides if argument not in ("-m", "--multirun")]
+
+
+def _first_values(arguments: Sequence[str]) -> list[str]:
     """The command line with the first value of each sweep (``method=a,b``): enough for a sweep file's parameters."""
     return [
         f"{override.get_key_element()}={next(override.sweep_string_iterator())}"

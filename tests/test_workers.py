@@ -178,6 +178,12 @@ def test_holders_elsewhere_are_believed_while_they_give_signs_of_life(tmp_path: 
         assert holder_of(name, store) is None
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_hydras_flag_for_grids_is_taken_and_asks_for_no_workers(flag: str) -> None:
+    assert workers([flag, "method=reap,ean"]) is None
+    assert expand([flag, "method=reap,ean"]).cells == expand(["method=reap,ean"]).cells
+
+
 def test_gpus_are_counted_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,9")
     assert visible_gpus() == ["3", "5", "7", "9"]
