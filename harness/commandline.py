@@ -34,11 +34,16 @@ def checked(arguments: Sequence[str], elsewhere: bool = False) -> Sweep:
     with before_work():
         sweep.check()
         waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
-        for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in waiting}:
-            if not elsewhere:
-                serve.check(nbytes)
+        if not elsewhere:
+            check_servers(waiting)
         check_texts(texts_of(waiting), sweep.store)
     return sweep
+
+
+def check_servers(cells: Iterable[Cell]) -> None:
+    """Raise UserError for a server that cannot run on this machine, or not with weights of this size."""
+    for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in cells}:
+        serve.check(nbytes)
 
 
 def texts_of(cells: Sequence[Cell]) -> list[tuple[Calibration, Model]]:

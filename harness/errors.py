@@ -41,3 +41,9 @@ def keep_log(problem: Exception, tail: str) -> None:
 def log_tail_of(problem: Exception) -> str | None:
     """The last lines of the server's log, where a server was involved (`keep_log`)."""
     return vars(problem).get("log_tail")
+
+
+def in_one_line(error: str | None) -> str:
+    """Of a traceback what was raised, of a message what it begins with."""
+    lines = (error or "").strip().splitlines() or ["nothing is known"]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from harness.errors import DiskFullError
+from harness.errors import DiskFullError, in_one_line
 from harness.spec import Cell
 from harness.store import LEASE_S, Store, key
 
@@ -159,7 +159,7 @@ class Progress:
         for task, record in found.items():
             tasks[task] = self._task_state(record, holder)
             if record and tasks[task] == FAILED:
-                reasons[task] = f"{record.get('stage') or 'failed'}: {last_line(record['error'])}"
+                reasons[task] = f"{record.get('stage') or 'failed'}: {in_one_line(record['error'])}"
         return CellState(cell, tasks, holder, _seconds(done), reasons, kind)
 
     def _task_state(self, record: dict[str, Any] | None, holder: Holder | None) -> str:
@@ -185,12 +185,6 @@ def _seconds(records: Sequence[dict[str, Any]]) -> float:
     spent = [record["seconds"] for record in records]
     once = sum(max((seconds.get(stage, 0.0) for seconds in spent), default=0.0) for stage in SHARED)
     return once + sum(seconds.get("score", 0.0) for seconds in spent)
-
-
-def last_line(error: str | None) -> str:
-    """Of a traceback what was raised, of a message what it begins with."""
-    lines = (error or "").strip().splitlines() or ["nothing is known"]
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def counts(states: Sequence[CellState]) -> Counter[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from harness import checkpoint, inventory, phases, stages, throughput
-from harness.errors import StageError, UserError, during, log_tail_of, stage_of
+from harness.errors import StageError, UserError, during, in_one_line, log_tail_of, stage_of
 from harness.host import without_secrets
 from harness.plan import Plan
 from harness.provenance import provenance
@@ -56,9 +56,7 @@ class Failure:
 
     @property
     def happened(self) -> str:
-        """In one line: of a traceback, its last."""
-        lines = self.error.splitlines() or ["nothing is known"]
-        return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+        return in_one_line(self.error)
 
 
 @contextmanager
@@ -114,8 +112,7 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
     start = time.perf_counter()
     with during("export"), store.locked("serving", name):
         if store.path("checkpoints", name).exists():  # kept from an earlier run: it may have been damaged since
-            inventory.check_unchanged(store.path("checkpoints", name))
-            checkpoint.verify(store.path("checkpoints", name), cell.model)
+            inventory.check_unchanged(store.path("checkpoints", name))  # it was verified before it got its checksums
         folder = store.once("checkpoints", name, make, checkpoint.measure(cell.model, made).bytes)
         seconds["export"] = time.perf_counter() - start
         say("export", name, f"{seconds['export']:.1f} s")
@@ -153,11 +150,13 @@ def score(cell: Cell, made: Plan, task: Task, serving: Serving, store: Store) ->
 def _score(cell: Cell, name: str, task: Task, serving: Serving, store: Store) -> None:
     start = time.perf_counter()
     served = serving.served
-    before, thought = throughput.counters(served.llm.url), phases.counts(served.llm.url)
+    before = throughput.metrics(served.llm.url)
     with store.workspace(name) as work, served.watch.blamed() if served.watch else nullcontext():
         found = task.score(served.llm, work)
-    speed = throughput.between(before, throughput.counters(served.llm.url), found.answering_s)
-    thoughts = {name: n - thought[name] for name, n in phases.counts(served.llm.url).items() if name in thought}
+    after = throughput.metrics(served.llm.url)
+    speed = throughput.between(throughput.counters(before), throughput.counters(after), found.answering_s)
+    thought = phases.counts(before)
+    thoughts = {name: n - thought[name] for name, n in phases.counts(after).items() if name in thought}
     seconds = {**serving.seconds, "score": time.perf_counter() - start}
     _check_score(task, found)
     store.put("samples", _samples_name(name), lambda path: _write_samples(path, found.samples))

@@ -126,7 +126,9 @@ class Store:
 
     @contextmanager
     def claimed(self, kind: str, name: str) -> Iterator[bool]:
-        """Hold this name if nobody else does; whether it is held."""
+        """Hold this name if nobody else does; whether it is held. That a holder on another machine is gone only waiting
+        shows (`locked`).
+        """
         try:
             with self._lease(kind, name).acquire(blocking=False):
                 yield True

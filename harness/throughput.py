@@ -15,13 +15,17 @@ COUNTERS = {
 }
 
 
-def counters(url: str) -> dict[str, float] | None:
-    """What the server has counted so far; None if it does not say (no vLLM, or a proxy before it)."""
+def metrics(url: str) -> str:
+    """What the server says it has counted so far; nothing if it does not answer."""
     try:
-        response = httpx.get(f"{url}/metrics", timeout=30, trust_env=False)
+        return httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
     except httpx.HTTPError:
-        return None
-    found = {name: _total(response.text, metric) for name, metric in COUNTERS.items()}
+        return ""
+
+
+def counters(text: str) -> dict[str, float] | None:
+    """`COUNTERS` in a server's metrics; None if they are not all there (no vLLM, or a proxy before it)."""
+    found = {name: _total(text, metric) for name, metric in COUNTERS.items()}
     known = {name: value for name, value in found.items() if value is not None}
     return known if len(known) == len(COUNTERS) else None
 

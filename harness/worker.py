@@ -16,6 +16,7 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from harness.commandline import check_servers
 from harness.interrupt import STATUS, leave
 from harness.spec import Cell
 from harness.store import Store, say
@@ -56,8 +57,7 @@ def work(assignment: Assignment, config: DictConfig) -> None:
         try:
             with _stoppable(assignment) as is_orphan:
                 if assignment.checks:
-                    for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in assignment.cells}:
-                        serve.check(nbytes)
+                    check_servers(assignment.cells)
                 run_all(assignment.cells, assignment.store, assignment.run)
         except KeyboardInterrupt:
             orphaned = is_orphan()

@@ -188,12 +188,12 @@ def test_transformers_serves_the_same_numbers_by_the_same_contract(tmp_path: Pat
             assert served.how == "transformers" and served.weight_bytes
             assert difference(served, family.expected(name)) < CLOSE
             assert complete(served.llm, prompts, **settings) == expected
-            before = throughput.counters(served.llm.url)
+            before = throughput.counters(throughput.metrics(served.llm.url))
             cut, *_ = complete(served.llm, prompts, **{**settings, "stop": stop})
             assert (cut.text, cut.finish_reason) == (expected[0].text[: expected[0].text.index(stop[0])], "stop")
-            between = throughput.counters(served.llm.url)
+            between = throughput.counters(throughput.metrics(served.llm.url))
             complete(served.llm, prompts, **settings)
-            speed = throughput.between(between, throughput.counters(served.llm.url), 1.0)
+            speed = throughput.between(between, throughput.counters(throughput.metrics(served.llm.url)), 1.0)
             assert speed is not None and speed["generated_tokens"] == 4 * 24
             speed = throughput.between(before, between, 1.0)
             assert speed is not None and speed["generated_tokens"] < 4 * 24, "none is counted after a stop sequence"

@@ -155,11 +155,11 @@ def test_one_address_answers_what_two_do_and_counts_thoughts(
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     with in_phases(served["small"], served["large"], tokenizer, end, cap) as llm:
         assert complete(llm, PROMPTS, max_tokens=9, stop=stop, timeout_s=60) == answers
-        once = counts(llm.url)
+        once = counts(throughput.metrics(llm.url))
         reply = post(llm, prompt=[tokenizer(prompt)["input_ids"] for prompt in PROMPTS], stop=stop).json()
         assert [Completion(choice["text"], choice["finish_reason"]) for choice in reply["choices"]] == answers
         assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
-        both = counts(llm.url)
+        both = counts(throughput.metrics(llm.url))
     thoughts = [phases.thought for phases in two]
     # Every token is a byte here: a thought has its text's, and those of the end where it reached that.
     spent = sum(len(thought.text) + len(end) * (thought.finish_reason == "stop") for thought in thoughts)
@@ -185,15 +185,15 @@ def test_likelihoods_and_the_model_card_are_the_large_models_own(
         assert probe(llm) == probe(served["large"]) != probe(served["small"])
         assert served_length(llm.url, "large") == LENGTH
         assert httpx.get(f"{llm.url}/health", trust_env=False).status_code == 200
-        assert counts(llm.url)["thoughts"] == 0
+        assert counts(throughput.metrics(llm.url))["thoughts"] == 0
 
 
 def test_throughput_counts_both_phases(served: dict[str, LLM], tokenizer: PreTrainedTokenizerBase) -> None:
     with in_phases(served["small"], served["large"], tokenizer) as llm:
-        before = throughput.counters(llm.url)
+        before = throughput.counters(throughput.metrics(llm.url))
         complete(llm, PROMPTS, max_tokens=9, stop=[], timeout_s=60)
-        found = throughput.between(before, throughput.counters(llm.url), 1.0)
-        thoughts = counts(llm.url)
+        found = throughput.between(before, throughput.counters(throughput.metrics(llm.url)), 1.0)
+        thoughts = counts(throughput.metrics(llm.url))
     assert found and found["generated_tokens"] == thoughts["thought_tokens"] + 9 * 3
 
 
@@ -329,7 +329,8 @@ def test_a_thought_that_was_broken_off_is_no_thought(
 
     with answering("small", abort) as small, in_phases(small, served["large"], tokenizer) as llm:
         found = post(llm, prompt=PROMPTS[0])
-        assert (found.status_code, counts(llm.url)) == (500, dict.fromkeys(counts(llm.url), 0))
+        counted = counts(throughput.metrics(llm.url))
+        assert (found.status_code, counted) == (500, dict.fromkeys(counted, 0))
         assert "broke off: finish_reason 'abort'" in found.json()["error"]["message"]
 
 
