@@ -35,6 +35,7 @@ from harness.rows import NOT_RUN, by_row, plan_names
 from harness.spec import Cell, Row
 from harness.store import Store, key, say
 from harness.sweep import Sweep, expand
+from harness.tokenizer import tokenizer_of
 from tasks import Item, Task
 
 if TYPE_CHECKING:
@@ -293,11 +294,9 @@ def _measure_texts(cell: Cell, task: Task, store: Store, texts: int) -> bool:
 
 def _nll(cell: Cell, items: list[Item]) -> list[float | None]:
     """Nats per token of each answer under the original model; None for one that is empty."""
-    from transformers import AutoTokenizer
-
     from harness.examine import continuation, mean_nll
 
-    tokenizer = AutoTokenizer.from_pretrained(cell.model.folder, local_files_only=True)
+    tokenizer = tokenizer_of(cell.model.folder, cell.model.runs_code)
     places = [place for place, item in enumerate(items) if item.answer.strip()]
     texts = [continuation(tokenizer, items[place].prompt, items[place].answer) for place in places]
     known = dict(zip(places, mean_nll(_loaded(cell.model, cell.calibration.dtype), texts), strict=True))

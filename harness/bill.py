@@ -44,10 +44,11 @@ from harness.estimate import (
     routed,
     widened,
 )
+from harness.external import Server
 from harness.hf import Transformers
 from harness.models import Model, Outlined
 from harness.rows import NOT_RUN
-from harness.serve import VLLM, Server
+from harness.serve import VLLM
 from harness.spec import Cell
 from harness.sweep import Sweep
 

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 
 from harness import checkpoint
 from harness.errors import UserError
+from harness.external import Server
 from harness.hf import Transformers
 from harness.models import role
 from harness.plan import LayerPlan, Plan
 from harness.rewrite import MERGEABLE
-from harness.serve import VLLM, Server
+from harness.serve import VLLM
 from harness.trial import trial_plan
 from methods.allocations.uniform import Uniform
 

@@ -22,11 +22,11 @@ from harness.sweep import Sweep, expand
 LONGEST_WORD, LONGEST_MESSAGE = 300, 2000  # characters of a message that are shown
 
 
-def checked(arguments: Sequence[str], elsewhere: bool = False) -> Sweep:
+def checked(arguments: Sequence[str], servers: int = 1) -> Sweep:
     """The sweep these arguments ask for, every cell of it checked.
 
-    A dry run is not checked: what cannot work is a line of its bill. elsewhere: whether it may be served on another
-    machine, so that nothing follows from what this one has.
+    A dry run is not checked: what cannot work is a line of its bill. servers: how many run beside each other here; 0
+    where they may run on other machines, so that nothing follows from what this one has.
     """
     sweep = expand(arguments)
     if sweep.dry_run:
@@ -34,16 +34,16 @@ def checked(arguments: Sequence[str], elsewhere: bool = False) -> Sweep:
     with before_work():
         sweep.check()
         waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
-        if not elsewhere:
-            check_servers(waiting)
+        if servers:
+            check_servers(waiting, servers)
         check_texts(texts_of(waiting), sweep.store)
     return sweep
 
 
-def check_servers(cells: Iterable[Cell]) -> None:
-    """Raise UserError for a server that cannot run on this machine, or not with weights of this size."""
+def check_servers(cells: Iterable[Cell], servers: int = 1) -> None:
+    """Raise UserError for a server that cannot run on this machine, or not so many with weights of this size."""
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in cells}:
-        serve.check(nbytes)
+        serve.check(nbytes, servers)
 
 
 def texts_of(cells: Sequence[Cell]) -> list[tuple[Calibration, Model]]:

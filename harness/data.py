@@ -17,6 +17,7 @@ import numpy as np
 from harness.errors import UserError
 from harness.models import ROOT, Model
 from harness.store import key
+from harness.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ class Calibration:
         The last ``held_out`` sequences begin with a document of which the others hold nothing. Raises UserError if the
         documents hold fewer tokens than asked for.
         """
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model.folder, model.runs_code)
         wanted = (self.sequences * self.length, self.held_out * self.length)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         documents: list[list[int]] = []
@@ -136,20 +137,6 @@ class Calibration:
         documents = [document for path in self.paths for document in _documents(path, self.columns)]
         order = np.random.default_rng(self.seed).permutation(len(documents))
         return [documents[index] for index in order]
-
-
-def _tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.folder, local_files_only=True, trust_remote_code=bool(model.trust_remote_code)
-        )
-    except Exception as error:  # whatever its files make of them: several libraries read these
-        raise UserError(
-            f"model {model.name!r}: the tokenizer in {model.folder} cannot be read ({type(error).__name__}: {error}). "
-            "Copy the original model's tokenizer files there."
-        ) from error
 
 
 def _parts(documents: list[list[int]], first: int, second: int) -> tuple[list[int], list[int]] | None:

@@ -51,7 +51,7 @@ def check_cut(model: Model, blocks: Sequence[int]) -> None:
 
 def kinds(model: Model) -> set[str]:
     """The kinds of attention that the model's blocks have; empty where its config does not tell."""
-    config = AutoConfig.from_pretrained(model.folder, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False).get_text_config()
     return set(getattr(config, "layer_types", None) or ())
 
 
@@ -175,7 +175,7 @@ def _check(written: Model, count: int) -> None:
     """The checkpoint is whole, and transformers builds just these blocks from its config, with experts in the same."""
     checkpoint.check_structure(written)
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(written.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(written.folder, local_files_only=True, trust_remote_code=False)
         empty = AutoModelForCausalLM.from_config(config)
     found = set(moe_blocks(empty))
     if blocks_of(written) != count or found != set(written.experts):

@@ -221,7 +221,9 @@ class Elastic:
 def _layout(folder: str) -> dict[str, int]:
     """Sizes of the axes of the model in this folder, without its weights. Raises UserError for unknown layouts."""
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        empty = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        )
     dims(empty)
     return sizes(empty)
 
@@ -275,7 +277,7 @@ class _Parent:
         shares = np.array(self.options.shares) / sum(self.options.shares)
         draws = np.random.default_rng(self.options.seed).choice(len(shares), size=len(batches), p=shares)
         student.draws = iter(draws.tolist())
-        losses = distill.train(student, teacher, batches, recipe, self.original.top_k, 0, len(batches))  # type: ignore[arg-type]
+        losses = distill.train(student, teacher, batches, recipe, self.original.top_k, 0, len(batches))
         return {
             "tokens": sum(batch.numel() for batch in batches),
             "steps": len(batches),
@@ -286,7 +288,7 @@ class _Parent:
     def _measure(self, student: Nested, place: int, teacher: PreTrainedModel, held: np.ndarray) -> float:
         """KL(original || size) in nats per token of the held-out text."""
         student.draws = itertools.repeat(place)
-        return distill.held_out(student, teacher, held, self.options.batch_size)["kl"]  # type: ignore[arg-type]
+        return distill.held_out(student, teacher, held, self.options.batch_size)["kl"]
 
 
 def _flat(order: NestedOrder) -> Iterator[tuple[str, np.ndarray]]:

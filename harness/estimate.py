@@ -18,9 +18,10 @@ from harness import checkpoint, gather, scoring, stages, stats
 from harness import plan as plans
 from harness.absent import absent_data
 from harness.errors import UserError
+from harness.external import Server
 from harness.models import Model, role
 from harness.plan import LayerPlan, Plan
-from harness.serve import VLLM, Server
+from harness.serve import VLLM
 from harness.spec import Cell
 from harness.store import Store, key
 from harness.sweep import Sweep

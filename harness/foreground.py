@@ -14,7 +14,7 @@ from harness import scoring, stages
 from harness.commandline import refuse_politely
 from harness.errors import UserError
 from harness.one_plan import one_plan, split
-from harness.serve import Weights
+from harness.served import Weights
 from harness.spec import Cell
 
 
@@ -38,7 +38,8 @@ def main() -> int:
         with scoring.serving(cell, asked.plan, asked.store) as serving:
             _wait(serving.served.llm.url, serving.served.llm.model)
         return 0
-    weights = Weights(cell.model.folder, asked.plan, asked.file, stages.reference(cell, asked.plan, asked.store))
+    expected = stages.reference(cell, asked.plan, asked.store)
+    weights = Weights(cell.model.folder, asked.plan, asked.file, expected, runs_code=cell.model.runs_code)
     log = asked.store.path("logs", "foreground.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with cell.serve.serve(weights, cell.model.name, log) as served:

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from harness.engine import Watch, await_health
+from harness.engine_memory import check_ram
 from harness.errors import UserError
 from harness.host import Running, child_environment
 from harness.models import Model
 from harness.plan import Plan
 from harness.probe import probe, served_length
-from harness.serve import DTYPES, GIB, MAX_STOPS, Served, Weights, difference, longest
+from harness.served import DTYPES, MAX_STOPS, Served, Weights, difference, longest
 from tasks import LLM
 
 OVERHEAD_GIB = 4  # torch, and the logits of a batch of prompts (``hf_server.LOGITS_BYTES``, twice over)
@@ -50,17 +50,11 @@ class Transformers:
 
     reads_plans = True
 
-    def check(self, weight_bytes: int = 0) -> None:
-        """Raise UserError if a setting makes no sense or ``weight_bytes`` of weights do not fit."""
+    def check(self, weight_bytes: int = 0, servers: int = 1) -> None:
+        """Raise UserError if a setting makes no sense or ``weight_bytes`` of weights do not fit so many times."""
         if self.dtype not in DTYPES:
             raise UserError(f"serve.dtype={self.dtype} is none of {', '.join(DTYPES)}.")
-        needed = weight_bytes * (2 if self.dtype == "float32" else 1) / GIB + OVERHEAD_GIB
-        free = psutil.virtual_memory().available / GIB
-        if needed > free:
-            raise UserError(
-                f"Serving needs about {needed:.1f} GiB of memory and {free:.1f} GiB are free. Free memory, take a "
-                "smaller model, or use a server elsewhere (serve=server)."
-            )
+        check_ram(servers, weight_bytes, self.dtype, overhead_gib=OVERHEAD_GIB)
 
     def check_model(self, model: Model) -> None:
         """Raise UserError for quantised weights, which only a server computes as they are meant to be."""
@@ -95,7 +89,7 @@ class Transformers:
         with _running(self._arguments(weights, name), log) as running:
             await_health(running, deadline, log)
             length = served_length(running.url, name)
-            llm = LLM(running.url, name, str(weights.folder), length, MAX_STOPS, self.batch)
+            llm = LLM(running.url, name, str(weights.folder), length, MAX_STOPS, self.batch, weights.runs_code)
             with Watch(running, functools.partial(_ask, running.url), self.silence_timeout_s, log).looking() as watch:
                 with watch.blamed():
                     found = difference(llm, probe(llm), weights, self.dtype)
@@ -107,6 +101,7 @@ class Transformers:
             *("--model", str(weights.folder), "--name", name, "--dtype", self.dtype),
             *("--max-model-len", str(length), "--batch", str(self.batch)),
             *(("--plan", str(weights.file)) if weights.file else ()),
+            *(("--trust-remote-code",) if weights.runs_code else ()),
         ]
 
 

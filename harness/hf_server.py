@@ -26,7 +26,6 @@ import torch
 from aiohttp import web
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +36,7 @@ from transformers import (
 from harness import plan as plans
 from harness.blocks import compress
 from harness.models import Model
+from harness.tokenizer import tokenizer_of
 
 LOGITS_BYTES = 2**30  # of prompts that are scored together, padding included, in float32; one prompt may take more
 
@@ -297,9 +297,9 @@ def _prompts(given: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [tokenizer(part)["input_ids"] if isinstance(part, str) else list(part) for part in given or []]
 
 
-def load(folder: Path, plan: Path | None, dtype: str) -> PreTrainedModel:
+def load(folder: Path, plan: Path | None, dtype: str, runs_code: bool) -> PreTrainedModel:
     """The model under the plan, in memory."""
-    model = Model("served", str(folder)).load("auto")
+    model = Model("served", str(folder), trust_remote_code=runs_code).load("auto")
     if plan is not None:
         compress(model, plans.from_json(plan.read_text()).layers)
     if dtype != "auto":
@@ -324,12 +324,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--trust-remote-code", action="store_true")
     asked = parser.parse_args()
     threading.Thread(target=_end_with_input, daemon=True).start()
-    model = load(asked.model, asked.plan, asked.dtype)
+    model = load(asked.model, asked.plan, asked.dtype, asked.trust_remote_code)
     weights = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     print(f"weights: {weights} bytes", flush=True)
-    completer = Completer(model, AutoTokenizer.from_pretrained(asked.model))
+    completer = Completer(model, tokenizer_of(asked.model, asked.trust_remote_code))
     service = Service(completer, asked.name, asked.max_model_len, asked.batch)
     listening = (
         socket.socket(fileno=asked.fd) if asked.fd is not None else socket.create_server(("127.0.0.1", asked.port))

@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -37,6 +36,7 @@ from hydra.types import HydraContext
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from harness import gpus
 from harness.build import CONF
 from harness.errors import DiskFullError, StageError, UserError
 from harness.progress import Progress, was_abandoned
@@ -75,7 +75,7 @@ def new_run() -> str:
 def workers(arguments: Sequence[str]) -> Workers | None:
     """Whom this command line asks for; None for this process alone. Raises UserError for what cannot be started."""
     config = first_config(tuple(arguments))
-    count, gpus = _whole("workers", config.workers, 1), config.gpus_per_worker
+    count, asked = _whole("workers", config.workers, 1), config.gpus_per_worker
     chosen = config.hydra.runtime.choices["hydra/launcher"]
     if chosen == "basic":
         if count == 1:
@@ -90,15 +90,22 @@ def workers(arguments: Sequence[str]) -> Workers | None:
         settings += (f"hydra.launcher.n_jobs={count}",)
     plain = kind.__name__ in PLAIN
     elsewhere = not plain and OmegaConf.select(config, "hydra.launcher.ray.init.address") != "local"
-    here = visible_gpus()
-    gpus = min(1, len(here)) if gpus is None else _whole("gpus_per_worker", gpus, 0)
-    if not elsewhere and gpus * count > len(here):
-        possible = f"workers={len(here) // gpus}" if len(here) >= gpus else f"gpus_per_worker={len(here)} workers=1"
+    here = gpus.visible()
+    each = min(1, len(here)) if asked is None else _whole("gpus_per_worker", asked, 0)
+    if not elsewhere and each * count > len(here):
+        possible = f"workers={len(here) // each}" if len(here) >= each else f"gpus_per_worker={len(here)} workers=1"
         raise UserError(
-            f"workers={count} with gpus_per_worker={gpus} need {gpus * count} GPUs, and {len(here)} can be seen here. "
+            f"workers={count} with gpus_per_worker={each} need {each * count} GPUs, and {len(here)} can be seen here. "
             f"Possible: {possible}."
         )
-    return Workers(count, gpus, chosen, settings, elsewhere, plain)
+    return Workers(count, each, chosen, settings, elsewhere, plain)
+
+
+def servers_here(asked: Workers | None) -> int:
+    """How many servers run beside each other on this machine; 0 where they may run on others."""
+    if asked is None:
+        return 1
+    return 0 if asked.elsewhere else asked.count
 
 
 def _whole(name: str, value: object, least: int) -> int:
@@ -143,18 +150,6 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.split() if found.returncode == 0 else []
-
-
 def launch(asked: Workers, cells: Sequence[Cell], store: Store, run: str) -> None:
     """Start the workers, show what they say, and return when every cell has been tried.
 
@@ -165,7 +160,7 @@ def launch(asked: Workers, cells: Sequence[Cell], store: Store, run: str) -> Non
     """
     logs = store.path("logs", run)
     logs.mkdir(parents=True, exist_ok=True)
-    here = visible_gpus()
+    here = gpus.visible()
     shares = [",".join(here[asked.gpus * n : asked.gpus * (n + 1)]) for n in range(asked.count)]
     assignment = Assignment(
         tuple(cells), store, run, str(Path.cwd()), logs, (os.getpid(), psutil.Process().create_time()),

@@ -118,6 +118,11 @@ class Model:
     outline: dict[str, Any] | None = field(default=None, compare=False)  # the files themselves say what a model is
     trust_remote_code: bool | None = None
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether Python code that comes with the checkpoint may run."""
+        return bool(self.trust_remote_code)
+
     @cached_property
     def folder(self) -> Path:
         """The local folder of the checkpoint. Raises UserError if there is none and the hub cannot give it."""
@@ -156,7 +161,7 @@ class Model:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if self.runs_code else [])]
         try:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -268,7 +273,7 @@ class Model:
         Raises UserError where a file is not what is known of it (``checksums.json`` beside it, the hub's cache) or
         holds values that are not finite.
         """
-        code = ("*.py",) if self.trust_remote_code else ()
+        code = ("*.py",) if self.runs_code else ()
         return self._digest(*inventory.DETERMINING, *code)
 
     @cached_property
@@ -295,7 +300,7 @@ class Model:
             device_map=device_map,
             local_files_only=True,
             use_safetensors=True,  # where both are there, pickles are not even looked at
-            trust_remote_code=bool(self.trust_remote_code),  # unset, transformers asks on standard input
+            trust_remote_code=self.runs_code,  # unset, transformers asks on standard input
         )
         return model.eval()
 
@@ -335,8 +340,9 @@ class Outlined(Model):
         from transformers import AutoModelForCausalLM, PreTrainedModel
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        kind = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[self.config["model_type"]]]
-        return isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind._can_set_experts_implementation()
+        kind: Any = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[self.config["model_type"]]]
+        has_seam = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        return has_seam and kind._can_set_experts_implementation()
 
 
 def _sized(shape: tuple[int, ...], bytes_per_parameter: float) -> Tensor:

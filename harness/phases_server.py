@@ -36,7 +36,7 @@ class RefusedError(Exception):
 
 
 class PhasesServer:
-    """The HTTP side of both phases. end, cap: as in `harness.phases.think_then_answer`. tokenizer: the models'."""
+    """The HTTP side of both phases. end: what closes a thought. cap: its most tokens. tokenizer: the models'."""
 
     def __init__(self, small: LLM, large: LLM, end: str, cap: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.small, self.large, self.end, self.cap, self.tokenizer = small, large, end, cap, tokenizer

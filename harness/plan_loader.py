@@ -82,7 +82,7 @@ class PlanLoader(DefaultModelLoader):
     def _source(self, model_config: ModelConfig) -> Model:
         return Model("original", self.folder or model_config.model)
 
-    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors as the plan leaves them, in the order of the original files."""
         layouts = {index: Layout.slots(layer) for index, layer in self.plan.layers.items()}
         rewrite = Rewrite(self._source(model_config), self.plan, layouts)

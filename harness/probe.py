@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 
 from harness.errors import StageError
+from harness.tokenizer import tokenizer_of
 from tasks import LLM, is_log_prob
 
 # Enough text to send tokens through most experts.
@@ -88,11 +89,9 @@ def compare(llm: LLM, found: Sequence[float], expected: Sequence[float], toleran
     return difference
 
 
-def probe_tokens(tokenizer: str) -> list[int]:
-    """The probe in the tokens of this folder's (or hub repository's) tokenizer."""
-    from transformers import AutoTokenizer
-
-    return list(AutoTokenizer.from_pretrained(tokenizer)(PROBE)["input_ids"])
+def probe_tokens(tokenizer: str, runs_code: bool = False) -> list[int]:
+    """The probe in the tokens of this folder's (or hub repository's) tokenizer (`harness.tokenizer`)."""
+    return list(tokenizer_of(tokenizer, runs_code)(PROBE)["input_ids"])
 
 
 def check_tokenizer(llm: LLM, ours: int, theirs: int) -> None:

@@ -22,7 +22,7 @@ from harness.footer import footer
 from harness.page import AGAINST, SEEDS, page
 from harness.plot import plot
 from harness.rows import CELL
-from harness.serve import in_words
+from harness.served import in_words
 from harness.store import Store
 from harness.sweep import Sweep, expand
 

@@ -123,7 +123,7 @@ def main() -> int:
     """Check every cell that is asked for, run them, print their table."""
     asked = sys.argv[1:]
     workers = launch.workers(asked)
-    sweep = checked(asked, elsewhere=workers is not None and workers.elsewhere)
+    sweep = checked(asked, launch.servers_here(workers))
     if sweep.dry_run:
         return bill.show(sweep)
     with interruptible():

@@ -22,7 +22,7 @@ from harness.errors import StageError, UserError, during, in_one_line, log_tail_
 from harness.host import without_secrets
 from harness.plan import Plan
 from harness.provenance import provenance
-from harness.serve import Served, Weights, in_words
+from harness.served import Served, Weights, in_words
 from harness.spec import SCORE_SCHEMA, Cell
 from harness.stats import Stats
 from harness.store import Store, key, remove, say
@@ -94,13 +94,14 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
         folder = stages.remade_folder(cell, made, store)
         inventory.check_unchanged(folder)
         base = cell.model.folder if checkpoint.differs_in_experts_only(folder, cell.model) else None
-        yield Weights(folder, expected=expected, base=base, original=original)
+        yield Weights(folder, expected=expected, base=base, original=original, runs_code=cell.model.runs_code)
         return
     if cell.serve.reads_plans:
-        yield Weights(cell.model.folder, made, stages.plan_file(cell, store), expected, original=original)
+        file, runs_code = stages.plan_file(cell, store), cell.model.runs_code
+        yield Weights(cell.model.folder, made, file, expected, original=original, runs_code=runs_code)
         return
     if made.is_identity:
-        yield Weights(cell.model.folder, expected=expected)
+        yield Weights(cell.model.folder, expected=expected, runs_code=cell.model.runs_code)
         return
     name = key(model=cell.model.digest, plan=made.digest)
 
@@ -117,7 +118,7 @@ def _weights(cell: Cell, made: Plan, store: Store, seconds: dict[str, float]) ->
         seconds["export"] = time.perf_counter() - start
         say("export", name, f"{seconds['export']:.1f} s")
         try:
-            yield Weights(folder, expected=expected)
+            yield Weights(folder, expected=expected, runs_code=cell.model.runs_code)
         finally:
             if not cell.keep_checkpoints:
                 remove(folder)
@@ -128,7 +129,7 @@ def _original(cell: Cell, store: Store) -> Weights | None:
     if not isinstance(cell.serve, ThinkThenAnswer):
         return None
     whole = stages.reference(replace(cell, recovery=None), Plan.identity(cell.model.experts), store)
-    return Weights(cell.model.folder, expected=whole)
+    return Weights(cell.model.folder, expected=whole, runs_code=cell.model.runs_code)
 
 
 def score_name(cell: Cell, made: Plan, task: Task) -> str:

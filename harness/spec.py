@@ -24,10 +24,11 @@ from harness import budget, checkpoint, combinations, remake
 from harness.build import CONF, GROUPS, build, check_mapping, check_seed, one_message, option, shared
 from harness.data import Calibration
 from harness.errors import UserError
+from harness.external import Server
 from harness.hf import Transformers
 from harness.models import Model
 from harness.remake import Remake
-from harness.serve import VLLM, Server
+from harness.serve import VLLM
 from harness.stats import BARRIERS, EXTRAS, MEASURES, ROUTED, WEIGHTS
 from harness.store import key
 from methods import Method, SequentialMethod

@@ -172,8 +172,9 @@ def reference(cell: Cell, made: Plan, store: Store) -> Expected | None:
 
         model, plan = cell.model, made
         if cell.recovery is not None:
-            model, plan = Model("remade", str(remade_folder(cell, made, store))), Plan({})
-        found = expected(model.load("auto"), plan, probe_tokens(str(model.folder)))
+            folder = str(remade_folder(cell, made, store))
+            model, plan = Model("remade", folder, trust_remote_code=cell.model.trust_remote_code), Plan({})
+        found = expected(model.load("auto"), plan, probe_tokens(str(model.folder), cell.model.runs_code))
     except Exception as problem:  # too little memory, or a model that transformers does not know
         _without_reference.add(name)
         words = f"{type(problem).__name__}: {problem}. It is served without comparison."

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import psutil
-
+from harness import gpus
 from harness.engine import Watch
 from harness.errors import StageError, UserError
 from harness.models import Model
-from harness.serve import GIB, OVERHEAD_GIB, VLLM, Served, Weights
+from harness.serve import VLLM
+from harness.served import Served, Weights
+from harness.tokenizer import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class ThinkThenAnswer(VLLM):
     end: str
     cap: int
 
-    def check(self, weight_bytes: int = 0) -> None:
+    engines: ClassVar[int] = 2
+
+    def check(self, weight_bytes: int = 0, servers: int = 1) -> None:
         """Raise UserError as `VLLM.check` does; ``weight_bytes`` are the original's, and the plan's at most."""
         if self.how != "plan":
             raise UserError(
@@ -44,26 +47,12 @@ class ThinkThenAnswer(VLLM):
                 f"serve.end={self.end!r}, serve.cap={self.cap}: a thought needs a text that closes it and at least one "
                 "token."
             )
-        super().check(weight_bytes)
-
-    def _check_memory(self, weight_bytes: int) -> None:
-        weights = weight_bytes * (2 if self.dtype == "float32" else 1) / GIB  # as `VLLM._check_memory`
-        needed = 2 * (weights + self.kv_cache_gib + OVERHEAD_GIB)
-        free = psutil.virtual_memory().available / GIB
-        if needed > free:
-            raise UserError(
-                f"Two engines need up to {needed:.1f} GiB of memory (for each {weights:.1f} weights in {self.dtype}, "
-                f"{self.kv_cache_gib} cache, {OVERHEAD_GIB} vLLM itself), and {free:.1f} GiB are free. Free memory, or "
-                "take a smaller model or serve.kv_cache_gib."
-            )
-
-    def _check_gpu_memory(self, weight_bytes: int) -> None:
-        if self.gpu_memory_utilization > 0.5:
+        if self.gpu_memory_utilization > 0.5 and gpus.visible():
             raise UserError(
                 f"serve.gpu_memory_utilization={self.gpu_memory_utilization} is what each of two engines takes of a "
                 "GPU. At most 0.5 goes."
             )
-        super()._check_gpu_memory(weight_bytes)
+        super().check(weight_bytes, servers)
 
     def check_model(self, model: Model) -> None:
         """Raise UserError as `VLLM.check_model` does, and for a cap that leaves no prompt and no answer."""
@@ -100,13 +89,10 @@ class ThinkThenAnswer(VLLM):
 
     @contextmanager
     def _phases(self, small: Served, large: Served) -> Iterator[Served]:
-        from transformers import AutoTokenizer
-
         from harness.phases_server import PhasesServer, running
 
-        server = PhasesServer(
-            small.llm, large.llm, self.end, self.cap, AutoTokenizer.from_pretrained(large.llm.tokenizer)
-        )
+        tokenizer = tokenizer_of(large.llm.tokenizer, large.llm.runs_code)
+        server = PhasesServer(small.llm, large.llm, self.end, self.cap, tokenizer)
         sizes = {served.llm.url: served.weight_bytes or 0 for served in (small, large)}
         changed = {
             f"{does}: {name}": pair

@@ -23,6 +23,7 @@ class LLM:
     max_model_len: prompt plus completion, in tokens.
     max_stops: stop sequences that a request may carry.
     concurrency: sequences it computes together: with as many in flight, no place in its batch is empty.
+    runs_code: whether Python code that comes with the tokenizer may run.
     """
 
     url: str
@@ -31,6 +32,7 @@ class LLM:
     max_model_len: int
     max_stops: int = 4  # OpenAI's own API allows 4
     concurrency: int = 32
+    runs_code: bool = False
 
 
 # What vLLM writes for a log-probability of minus infinity (or less than this), so that JSON can carry it.

@@ -227,6 +227,7 @@ def _client(llm: LLM, batch_size: int, timeout_s: int) -> Any:
         model=llm.model,
         tokenizer=llm.tokenizer,
         tokenizer_backend="huggingface",
+        trust_remote_code=llm.runs_code,
         tokenized_requests=True,
         max_length=llm.max_model_len,
         # At least two: its path for one request at a time obeys proxy variables.

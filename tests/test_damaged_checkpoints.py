@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from harness import checkpoint, inventory, tensors
 from harness.errors import UserError
-from harness.models import Model
+from harness.models import ROOT, Model
 from harness.plan import LayerPlan, Plan
+from harness.tokenizer import tokenizer_of
 from tests.conftest import EXPERTS, write_model
 
 KEPT = 5
@@ -498,6 +499,27 @@ def test_an_unknown_architecture_with_code_is_not_run_and_asks_nothing(
     with pytest.raises(ValueError, match="trust_remote_code"):
         Model("code", str(folder), trust_remote_code=False).load("float32")
     assert not list(tmp_path.rglob("ran"))
+
+
+def test_a_tokenizers_code_runs_if_and_only_if_the_model_may(
+    glm: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(glm.folder, tmp_path / "model"))
+    tokenizer = tokenizer_of(ROOT / "tasks" / "tiny" / "model")
+    tokenizer.save_pretrained(folder)
+    (folder / "own_tokenizer.py").write_text(
+        f"from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\nclass Own(PreTrainedTokenizerFast): pass\n"
+    )
+    file = folder / "tokenizer_config.json"
+    config = {**json.loads(file.read_text()), "tokenizer_class": "Own"}
+    file.write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": [None, "own_tokenizer.Own"]}}))
+    tokenizer_of(folder)
+    assert not (tmp_path / "ran").exists()
+    assert type(tokenizer_of(folder, runs_code=True)).__name__ == "Own"
+    assert (tmp_path / "ran").exists()
 
 
 def test_what_to_do_with_code_must_be_yes_or_no(glm: Model) -> None:

@@ -29,7 +29,7 @@ from harness.nested import Budget
 from harness.plan import LayerPlan, Plan, Source
 from harness.probe import Expected, probe_tokens
 from harness.reference import expected as expected_of
-from harness.serve import Served, Weights
+from harness.served import Served, Weights
 from tasks import LLM
 from tasks.completions import complete
 from tests.conftest import conf, vllm
@@ -88,7 +88,11 @@ class Family:
         return found[:-1].gather(1, ids[1:, None])[:, 0]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+ALWAYS = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")  # one for each way of routing and of storing experts
+OTHERS = (pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in ALWAYS)
+
+
+@pytest.fixture(scope="module", params=[*ALWAYS, *OTHERS])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     folder = tmp_path_factory.mktemp(request.param)
     model = Model(request.param, str(write_checkpoint(folder / "model", family=request.param)))

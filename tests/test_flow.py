@@ -70,7 +70,7 @@ def test_a_new_method_uses_the_statistics_that_are_there(
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(finished[0], store)
-    done = bench(store, "method=ean")
+    done = bench(store, "method=ean", "suite=tiny_sums")
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
 

@@ -29,7 +29,7 @@ from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.probe import probe
 from harness.reference import expected
-from harness.serve import Weights
+from harness.served import Weights
 from harness.served_experts import check_experts, count_experts
 from harness.stats import EXTRAS
 from tasks import FLOOR, LLM, is_log_prob

@@ -23,10 +23,11 @@ import torch
 from harness import reference, serve
 from harness.build import build
 from harness.errors import StageError, UserError, log_tail_of
+from harness.external import Server
 from harness.models import ROOT, Model
 from harness.plan import Plan
 from harness.probe import Expected, probe_tokens
-from harness.serve import Server, Weights
+from harness.served import Weights
 from tasks import LLM
 from tests.conftest import conf, vllm
 from tests.tiny_checkpoint import write_checkpoint
@@ -246,7 +247,7 @@ def test_secrets_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from harness.serve import Weights
+from harness.served import Weights
 from harness.build import build
 from tests.conftest import conf
 folder = Path(sys.argv[1])

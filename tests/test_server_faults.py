@@ -23,11 +23,13 @@ import pytest
 
 from harness import engine, gather, hf, report, scoring, serve, stages, vllm_host
 from harness.engine import Watch
+from harness.engine_memory import LEAST_UTILIZATION, instead
 from harness.errors import StageError, during, keep_log, log_tail_of
 from harness.host import Running, cause, child_environment, tail, without_secrets
 from harness.models import ROOT
 from harness.scoring import Failure
-from harness.serve import VLLM, Weights
+from harness.serve import VLLM
+from harness.served import Weights
 from harness.spec import Cell
 from harness.store import Store
 from harness.sweep import Sweep, expand
@@ -259,11 +261,10 @@ KILLED = (
     ],
 )
 def test_too_little_memory_asks_for_smaller_settings_that_change_no_number(
-    monkeypatch: pytest.MonkeyPatch, words: str, is_cpu: bool, share: float
+    words: str, is_cpu: bool, share: float
 ) -> None:
-    monkeypatch.setattr(serve, "_is_cpu_build", lambda: is_cpu)
     asked = vllm(kv_cache_gib=8)
-    smaller = asked.instead(f"INFO all is well\n{words}\nmore")
+    smaller = instead(asked, f"INFO all is well\n{words}\nmore", is_cpu)
     assert smaller is not None and smaller.identity() == asked.identity()
     assert smaller.max_num_seqs == 128
     assert smaller.kv_cache_gib == (4 if is_cpu else 8)
@@ -280,13 +281,14 @@ def test_too_little_memory_asks_for_smaller_settings_that_change_no_number(
     ],
 )
 def test_what_smaller_settings_cannot_mend_is_not_tried_again(words: str) -> None:
-    assert vllm().instead(words) is None
+    assert instead(vllm(), words, on_cpu=True) is None
 
 
 def test_what_cannot_be_smaller_is_not_tried_again() -> None:
-    least = vllm(max_num_seqs=1, kv_cache_gib=1, gpu_memory_utilization=serve.LEAST_UTILIZATION)
-    assert least.instead("MemoryError") is None
-    assert least.instead("OSError: [Errno 98] Address already in use") == least, "another port is another matter"
+    least = vllm(max_num_seqs=1, kv_cache_gib=1, gpu_memory_utilization=LEAST_UTILIZATION)
+    assert instead(least, "MemoryError", on_cpu=True) is None
+    other_port = instead(least, "OSError: [Errno 98] Address already in use", on_cpu=True)
+    assert other_port == least, "a taken port is another matter"
 
 
 # Failures as records.
@@ -669,7 +671,7 @@ def test_two_workers_start_servers_at_once_and_each_gets_its_own(folder: Path, t
 WORKER = """
 import sys
 from pathlib import Path
-from harness.serve import Weights
+from harness.served import Weights
 from tests.conftest import vllm
 with vllm(dtype="float32", max_model_len=256).serve(Weights(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3])) as one:
     print(one.llm.url, flush=True)

@@ -14,7 +14,7 @@ import torch
 
 from harness.errors import StageError, UserError
 from harness.models import ROOT
-from harness.serve import Weights
+from harness.served import Weights
 from tasks import LLM
 from tasks.completions import complete, is_looping
 from tasks.evalplus_code import EvalPlus

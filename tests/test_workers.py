@@ -19,9 +19,10 @@ from typing import NoReturn
 
 import pytest
 
+from harness import gpus
 from harness import run as flow
 from harness.errors import StageError, UserError
-from harness.launch import visible_gpus, workers
+from harness.launch import workers
 from harness.progress import cell_name, holder_of, taken
 from harness.spec import Cell
 from harness.store import Store
@@ -186,7 +187,7 @@ def test_hydras_flag_for_grids_is_taken_and_asks_for_no_workers(flag: str) -> No
 
 def test_gpus_are_counted_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,9")
-    assert visible_gpus() == ["3", "5", "7", "9"]
+    assert gpus.visible() == ["3", "5", "7", "9"]
     found = workers(["workers=4"])
     assert found and (found.count, found.gpus, found.launcher, found.elsewhere) == (4, 1, "local", False)
     with pytest.raises(UserError, match=r"need 6 GPUs, and 4 can be seen here\. Possible: workers=2\."):

@@ -22,7 +22,8 @@ from evalplus.gen.util import openai_request
 from evalplus.provider.openai import OpenAIChatDecoder
 
 from harness.provenance import provenance
-from harness.serve import VLLM, Weights
+from harness.serve import VLLM
+from harness.served import Weights
 from harness.sweep import expand
 from tasks.completions import complete
 from tasks.evalplus_code import EvalPlus

@@ -71,7 +71,7 @@ def model_config() -> Qwen3MoeConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # type: ignore[call-arg]
+        head_dim=32,
         num_experts=32,
         num_experts_per_tok=4,
         moe_intermediate_size=128,
