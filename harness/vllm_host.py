@@ -44,10 +44,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever an import prints must not end up among the answers
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # so that a dead server's children can be waited for
     os.register_at_fork(after_in_child=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
-    import_vllm()
-    print(json.dumps({"ready": True}), file=answers)
     servers: set[int] = set()
     try:
+        import_vllm()
+        print(json.dumps({"ready": True}), file=answers)  # fails if the harness was killed meanwhile
         for order in _orders(parent):
             print(json.dumps(obey(order, servers, answers.fileno())), file=answers)
     finally:

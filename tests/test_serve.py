@@ -280,3 +280,20 @@ def test_killing_us_or_the_host_leaves_no_process(folder: Path, kind: str, victi
         harness.wait()
         if harness.stdout:
             harness.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_host_whose_harness_was_killed_while_it_imported_leaves_no_folder(tmp_path: Path):
+    folder = tmp_path / "serve"
+    folder.mkdir()
+    host = subprocess.Popen(
+        [sys.executable, "-P", str(ROOT / "harness" / "vllm_host.py"), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert host.stdin and host.stdout
+    host.stdin.close()
+    host.stdout.close()  # nobody is left to hear that it is ready
+    host.wait(120)
+    assert not folder.exists()
