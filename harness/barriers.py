@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from harness import sums
+from harness import routed
 from harness.blocks import expert_counts, moe_blocks
 from harness.calibrate import Batches, Observer
 from harness.errors import StageError, UserError
@@ -197,7 +197,7 @@ def _all_outputs(experts: nn.Module, hidden: Tensor, count: int) -> Iterator[tup
     for rows in torch.arange(len(hidden), device=hidden.device).split(
         max(1, OUTPUTS_AT_ONCE // (count * hidden.shape[1]))
     ):
-        yield rows, sums.routed_outputs(experts, hidden[rows], every.expand(len(rows), count))
+        yield rows, routed.run(experts, hidden[rows], every.expand(len(rows), count)).outputs
 
 
 def _picked(values: Tensor, members: Tensor) -> Tensor:
@@ -349,7 +349,7 @@ class Tape(Observer):
     def forward(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts function. hidden [N, H], index [N, k] expert ids, weight [N, k] gates; returns [N, H]."""
         layer = self.index_of[experts]
-        output = (sums.routed_outputs(experts, hidden, index) * weight.unsqueeze(-1)).sum(dim=1)
+        output = routed.run(experts, hidden, index).mixed(weight)
         if self.noting and self.added is None:
             assert self.mask is not None and len(self.mask) == len(hidden), "the experts see every token of the batch"
             here, mask = self.seen.setdefault(layer, Seen(experts)), self.mask.to(hidden.device)
@@ -448,7 +448,7 @@ def _merging(experts: nn.Module, group: Tensor, share: Tensor) -> Callable[[Tens
 
     def change(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         members = group.to(index.device)
-        outputs = sums.routed_outputs(experts, hidden, members.expand(len(hidden), len(members)))
+        outputs = routed.run(experts, hidden, members.expand(len(hidden), len(members))).outputs
         gate = (weight.unsqueeze(-1) * (index.unsqueeze(-1) == members)).sum(dim=1)
         return output_change(outputs, gate, share.to(gate).expand_as(gate))
 

@@ -7,9 +7,9 @@ sigmoid, correction bias, groups: all already applied). Ours stands there for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,16 +17,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from harness import sums
+from harness import routed, sums
 from harness.blocks import compress_block, moe_blocks
-from harness.errors import StageError, UserError
+from harness.errors import UserError
+from harness.finite import Finite
 from harness.models import layer_index
+from harness.parking import Parking
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
+from harness.routed import Routed
 from harness.seam import experts_run_through, hook_routers
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
+from harness.streaming import Passes, Streamed
+from harness.unfinished import Unfinished
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # token ids and attention mask, both int64 [B, T]
+Batch = tuple[Tensor, Tensor]  # token ids and attention mask, both int64 [B, T]
+Batches = Iterable[Batch]
 
 
 def calibrate(
@@ -39,7 +45,7 @@ def calibrate(
     routing: ``actual``, the experts and gates the model really used, or ``paper``, those that REAP's published code
     takes instead (`harness.sums.paper_routing`).
     Raises UserError if the architecture does not use the seam, StageError at the first layer where something is not
-    finite: what comes in, the router's logits or gates, the experts' outputs; and for the model's own logits.
+    finite: what comes in, the router's logits or gates, the experts' outputs; and for what comes out of the last.
     """
     observer = Observer(model, extras, routing)
     observer.watch(batches)
@@ -69,6 +75,32 @@ def calibrate_in_sequence(
         plans[layer] = decide(layer, observer.layers[layer].finish())
         compress_block(block, layer, plans[layer])
     return plans
+
+
+def calibrate_streamed(
+    streamed: Streamed,
+    batches: Sequence[Batch],
+    extras: frozenset[str],
+    routing: str,
+    parking: Parking,
+    unfinished: Unfinished,
+) -> Stats:
+    """As `calibrate`, with the same sums to the last bit, of a model whose layers are read from disk one at a time.
+
+    unfinished: what an interrupted pass has left; it is gone on with.
+    """
+    observer = Observer(streamed.model, extras, routing, known=unfinished.layers)
+    passes = Passes(streamed, batches, parking)
+    start, states = unfinished.states()
+    with observer.attached():
+        for index in passes.layers(observer.expect, start, states):
+            observer.finite.check()
+            if (seen := observer.layers.pop(index, None)) is not None:
+                unfinished.keep(index, seen.finish())
+            unfinished.save(index + 1, passes.nbytes, passes.save)
+    if not unfinished.layers:
+        raise _unobservable(streamed.model)
+    return Stats(dict(sorted(unfinished.layers.items())))
 
 
 def _unobservable(model: PreTrainedModel) -> UserError:
@@ -102,11 +134,16 @@ class _LayerSeen(Exception):  # noqa: N818 - not an error
 class Observer:
     """Stands in for the model's experts function and adds up what passes through it.
 
-    only: the one layer to observe; the pass ends there.
+    only: the one layer to observe; the pass ends there. known: layers that are not observed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, extras: frozenset[str], routing: str = "actual", only: int | None = None
+        self,
+        model: PreTrainedModel,
+        extras: frozenset[str],
+        routing: str = "actual",
+        only: int | None = None,
+        known: Collection[int] = (),
     ) -> None:
         assert extras <= set(EXTRAS), extras
         assert routing in ("actual", "paper"), routing
@@ -114,12 +151,14 @@ class Observer:
         self.extras = extras
         self.routing = routing
         self.only = only
+        self.known = known
         self.renormalise = bool(getattr(model.config.get_text_config(), "norm_topk_prob", False))  # as published
         self.layers: dict[int, Accumulator] = {}
         self.mask: Tensor | None = None
         self.logits: dict[int, Tensor] = {}
         self.index_of = {module: layer_index(name) for name, module in model.named_modules()}
         self.residual = ResidualHooks(model)
+        self.finite = Finite()
 
     @property
     def reads_logits(self) -> bool:
@@ -129,20 +168,36 @@ class Observer:
         """Run the model over the batches and add up."""
         with self.attached(), torch.no_grad():
             for ids, mask in batches:
-                self.mask = mask.bool().flatten()
+                self.expect((ids, mask))
                 device = self.model.device
                 try:
-                    found = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+                    # No logits: what is behind the layers is needed by no sum, and costs as much as some layers.
+                    found = self.model.base_model(
+                        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+                    )
+                    self._check_last(found.last_hidden_state)
                 except _LayerSeen:
-                    continue
-                if not found.logits.isfinite().all(dim=-1).flatten().cpu()[self.mask].all():
-                    raise _not_finite("behind the last layer", "the logits")
+                    pass
+                self.finite.check()
+
+    def _check_last(self, hidden: Tensor) -> None:
+        """hidden: [B, T, H] behind the last layer and the final norm."""
+        assert self.mask is not None
+        kept = hidden.flatten(0, 1)[self.mask.to(hidden.device)]
+        self.finite.note("behind the last layer", {"the hidden states": kept})
+
+    def expect(self, batch: Batch) -> None:
+        """This is the batch that comes next."""
+        self.mask = batch[1].bool().flatten()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Within this context the model's experts run through `forward` and its routers' logits are seen."""
         hooks = list(self._hook_routers()) if self.reads_logits else []
         hooks += list(self.residual.attach()) if "gate_norm_turn" in self.extras else []
+        head = self.model.get_output_embeddings()
+        if head is not None:  # not run, as nothing reads the logits
+            self.finite.note("behind the last layer", {"the weights of the output head": head.weight})
         try:
             with experts_run_through(self.model, self.forward):
                 yield
@@ -163,79 +218,97 @@ class Observer:
     def forward(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts function. hidden [N, H], index [N, k] expert ids, weight [N, k] gates; returns [N, H]."""
         layer = self.index_of[experts]
-        outputs = sums.routed_outputs(experts, hidden, index)
-        if self.only is None or self.only == layer:
-            assert self.mask is not None and len(self.mask) == len(hidden), "the experts see every token of the batch"
-            mask = self.mask.to(hidden.device)
-            logits = self.logits.pop(layer)[mask] if self.reads_logits else None
-            routed: tuple[Tensor, ...] = (index[mask], weight[mask], outputs[mask])
-            if self.routing == "paper":
-                assert logits is not None
-                routed = self._as_published(experts, hidden[mask], logits, index.shape[1])
-            self._observe(experts, hidden[mask], mask, routed, logits)
+        made = routed.run(experts, hidden, index)
+        if layer not in self.known and self.only in (None, layer):
+            self._observe(Seen(layer, experts, hidden, index, weight, made))
             if self.only == layer:
                 raise _LayerSeen
-        return (outputs * weight.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+        return made.mixed(weight).to(hidden.dtype)
 
-    def _as_published(self, experts: nn.Module, hidden: Tensor, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
-        index, weight = sums.paper_routing(logits, top_k, self.renormalise)
-        return index, weight, sums.routed_outputs(experts, hidden, index)
-
-    def _observe(
-        self, experts: nn.Module, hidden: Tensor, mask: Tensor, routed: tuple[Tensor, ...], logits: Tensor | None
-    ) -> None:
-        """Add up one batch of one layer; every tensor but ``mask`` holds unmasked tokens only."""
-        index, weight, outputs = routed
-        layer, count = self.index_of[experts], int(experts.num_experts)  # type: ignore[arg-type]
-        here = self.layers.setdefault(layer, Accumulator(count))
-        here.tokens += len(hidden)
-        values = {
-            "the hidden states that come to the experts": hidden,
-            "the router's logits": None if logits is None else logits.masked_fill(logits == -torch.inf, 0),  # barred
-            "the router's gates": weight,
-            "the experts' outputs": outputs,
-        }
-        _check_finite(f"layer {layer}", {name: value for name, value in values.items() if value is not None})
-        found = sums.routed_sums(index, weight, outputs, count)
-        _check_finite(f"layer {layer}", {"the experts' gates and norms": found["gate_sq_norm_sq"]})
+    def _observe(self, all_tokens: Seen) -> None:
+        """Add up one batch of one layer, its unmasked tokens alone."""
+        assert self.mask is not None and len(self.mask) == len(all_tokens.hidden), "experts see every token of a batch"
+        mask = None if self.mask.all() else self.mask.to(all_tokens.hidden.device)
+        seen = all_tokens.only(mask)
+        here = self.layers.setdefault(seen.layer, Accumulator(seen.count))
+        here.tokens += len(seen.hidden)
+        logits = self._logits_of(seen.layer, mask)
+        if self.routing == "paper":
+            seen = seen.rerouted(*sums.paper_routing(_known(logits), seen.index.shape[1], self.renormalise))
+        index, weight, norm, count = seen.index, seen.weight, seen.made.norms, seen.count
+        found = sums.routed_sums(index, weight, norm, seen.made.largest, count)
+        self._flag(seen, logits, found)
         here.add(found)
         extra: dict[str, Callable[[], Tensor]] = {
             "coactivation": lambda: sums.coactivation(index, count),
-            "gated_norm_gram": lambda: sums.gated_norm_gram(index, weight, outputs, count),
-            "gated_output_gram": lambda: sums.gated_output_gram(index, weight, outputs, count),
+            "gated_norm_gram": lambda: sums.gated_norm_gram(index, weight, norm, count),
+            "gated_output_gram": lambda: sums.gated_output_gram(index, weight, seen.made.outputs, count),
             "gate_norm_turn": lambda: sums.gate_norm_turn(
-                index, weight, outputs, self.residual.pop(layer, mask), count
+                index, weight, seen.made.outputs, self._residual(seen.layer, mask), count
             ),
             "logit_sum": lambda: _known(logits).double().sum(dim=0),
             "logit_gram": lambda: _known(logits).double().T @ _known(logits).double(),
         }
         here.add({name: extra[name]() for name in self.extras & extra.keys()})
-        self._observe_all_experts(here, experts, hidden, logits)
+        self._observe_all_experts(here, seen, logits)
 
-    def _observe_all_experts(
-        self, here: Accumulator, experts: nn.Module, hidden: Tensor, logits: Tensor | None
-    ) -> None:
+    def _logits_of(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """The router's logits of the unmasked tokens, [N, E], where they are read."""
+        return _masked(self.logits.pop(layer), mask) if self.reads_logits else None
+
+    def _residual(self, layer: int, mask: Tensor | None) -> Tensor:
+        return _masked(self.residual.stream.pop(layer), mask)
+
+    def _flag(self, seen: Seen, logits: Tensor | None, found: Mapping[str, Tensor]) -> None:
+        """Note whether all is finite. It is looked at behind the batch: each look waits for the device."""
+        values = {
+            "the hidden states that come to the experts": seen.hidden,
+            "the router's logits": None if logits is None else logits.masked_fill(logits == -torch.inf, 0),  # barred
+            "the router's gates": seen.weight,
+            "the experts' outputs": seen.made.largest,
+            "the experts' gates and norms": found["gate_sq_norm_sq"],
+        }
+        self.finite.note(f"layer {seen.layer}", {name: value for name, value in values.items() if value is not None})
+
+    def _observe_all_experts(self, here: Accumulator, seen: Seen, logits: Tensor | None) -> None:
         wanted = self.extras & {"all_output_sum", "all_gated_output_sum"}
         if wanted:
             gate = _known(logits).float().softmax(dim=-1) if "all_gated_output_sum" in wanted else None
-            plain, gated = sums.all_output_sums(experts, hidden, gate, here.experts)
+            plain, gated = routed.sums_over_tokens(seen.experts, seen.hidden, gate)
             found = {"all_output_sum": plain, "all_gated_output_sum": gated}
             here.add({name: found[name] for name in wanted})
 
 
-def _check_finite(where: str, values: Mapping[str, Tensor]) -> None:
-    """Raise StageError for the first of these tensors that holds NaN or infinity; an earlier one spoils the later."""
-    are = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # one wait for the device
-    for name, is_finite in zip(values, are, strict=True):
-        if not is_finite:
-            raise _not_finite(where, name)
+@dataclass(frozen=True)
+class Seen:
+    """What passed through the experts of a layer. hidden [N, H], index [N, k], weight [N, k]; made: the outputs."""
+
+    layer: int
+    experts: nn.Module
+    hidden: Tensor
+    index: Tensor
+    weight: Tensor
+    made: Routed
+
+    @property
+    def count(self) -> int:
+        """Experts of the layer."""
+        return int(self.experts.num_experts)  # type: ignore[arg-type]
+
+    def only(self, mask: Tensor | None) -> Seen:
+        """The tokens where the mask [N] is true; all without one."""
+        if mask is None:
+            return self
+        hidden, index, weight = (values[mask] for values in (self.hidden, self.index, self.weight))
+        return replace(self, hidden=hidden, index=index, weight=weight, made=self.made.only(mask))
+
+    def rerouted(self, index: Tensor, weight: Tensor) -> Seen:
+        """The same tokens given to other experts."""
+        return replace(self, index=index, weight=weight, made=routed.run(self.experts, self.hidden, index))
 
 
-def _not_finite(where: str, what: str) -> StageError:
-    return StageError(
-        f"Calibration stopped: {where}, {what} are not all finite (there is NaN or infinity). The weights are damaged, "
-        "or values overflow in this type: check the files, or calibrate in float32 (calibration.dtype=float32)."
-    )
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values[mask]
 
 
 def _known(logits: Tensor | None) -> Tensor:

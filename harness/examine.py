@@ -27,7 +27,7 @@ from harness.calibrate import Batches
 from harness.errors import StageError, UserError
 from harness.plan import LayerPlan
 from harness.reconstruct import block_inputs
-from harness.sums import all_output_sums
+from harness.routed import sums_over_tokens
 
 TOKENS_AT_ONCE = 2048  # of texts: bounds their logits, each as wide as the vocabulary
 POSITIONS_AT_ONCE = 256  # of two distributions over the vocabulary
@@ -81,7 +81,7 @@ def _one_row_each(plan: LayerPlan) -> LayerPlan:
 
 @torch.no_grad()
 def _means(layer: int, experts: nn.Module, hidden: Tensor) -> np.ndarray:
-    total, _ = all_output_sums(experts, hidden, None, int(experts.num_experts))  # type: ignore[arg-type]
+    total, _ = sums_over_tokens(experts, hidden, None)
     means = (total / len(hidden)).float().cpu().numpy()
     if not np.isfinite(means).all():
         raise StageError(f"Mean outputs: experts of layer {layer} gave outputs that are not finite.")

@@ -54,7 +54,3 @@ class ResidualHooks:
             self.stream[layer] = stream.reshape(-1, stream.shape[-1])
 
         return hook
-
-    def pop(self, layer: int, mask: Tensor) -> Tensor:
-        """The stream of the batch's unmasked tokens, [N, H]."""
-        return self.stream.pop(layer)[mask]

@@ -38,7 +38,7 @@ from methods.none import NoCompression
 from tasks import Task
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
-STATS_SCHEMA = 4  # the sums of harness/sums.py and weights.py, and how calibrate.py gathers them
+STATS_SCHEMA = 5  # the sums of harness/sums.py, routed.py and weights.py, and how calibrate.py gathers them
 ERRORS_SCHEMA = 1  # the errors of harness/reconstruct.py, and the blocks in memory of blocks.py and align.py
 SEARCH_SCHEMA = 1  # the answers of harness/model_search.py, masked.py and search.py
 BARRIER_SCHEMA = 1  # the sums of harness/barriers.py

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from transformers.integrations.moe import grouped_mm_experts_forward
-
-PAIRS_AT_ONCE = 16_384  # (token, expert) pairs of an all-expert chunk: bounds its memory
+from torch import Tensor
 
 
-def routed_outputs(experts: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
-    """f_j(x) before the gate for every token and selected expert: [N, k, H].
-
-    Every (token, expert) pair is given to transformers' own implementation as a token of its own with gate 1, so
-    biases, gating functions and transposed layouts are the library's business.
+def routed_sums(index: Tensor, weight: Tensor, norm: Tensor, largest: Tensor, experts: int) -> dict[str, Tensor]:
+    """The sums of `harness.stats.ROUTED`, float64 [E] each. index, weight [N, k]; norm, largest: of the experts'
+    outputs, float64 [N, k].
     """
-    tokens, k = index.shape
-    pairs = hidden.repeat_interleave(k, dim=0)
-    ones = torch.ones(tokens * k, 1, dtype=hidden.dtype, device=hidden.device)
-    return grouped_mm_experts_forward(experts, pairs, index.reshape(-1, 1), ones).view(tokens, k, -1)
-
-
-def routed_sums(index: Tensor, weight: Tensor, outputs: Tensor, experts: int) -> dict[str, Tensor]:
-    """The sums of `harness.stats.ROUTED`, float64 [E] each. index, weight [N, k]; outputs [N, k, H]."""
-    gate, norm = weight.double(), norms(outputs)
+    gate = weight.double()
     each = {
         "count": torch.ones_like(gate),
         "gate": gate,
@@ -33,21 +20,20 @@ def routed_sums(index: Tensor, weight: Tensor, outputs: Tensor, experts: int) ->
         "gate_sq_norm": gate**2 * norm,
         "gate_sq_norm_sq": (gate * norm) ** 2,
     }
-    sums = {name: per_expert(index, value, experts) for name, value in each.items()}
-    largest = outputs.abs().amax(dim=-1).double()
+    added = per_expert(index, torch.stack(list(each.values()), dim=-1), experts).T
+    sums = dict(zip(each, added, strict=True))
     zeros = torch.zeros(experts, dtype=torch.float64, device=index.device)
     return {**sums, "output_max": zeros.scatter_reduce(0, index.reshape(-1), largest.reshape(-1), "amax")}
 
 
-def norms(outputs: Tensor) -> Tensor:
-    """||f_j(x)||_2, float64 [N, k]."""
-    return torch.linalg.vector_norm(outputs.float(), dim=-1).double()
-
-
 def per_expert(index: Tensor, value: Tensor, experts: int) -> Tensor:
-    """Add up ``value`` [N, k] by the expert that ``index`` [N, k] names: [E]."""
-    zeros = torch.zeros(experts, dtype=torch.float64, device=index.device)
-    return zeros.index_add(0, index.reshape(-1), value.reshape(-1))
+    """Add up ``value`` [N, k, ...] by the expert that ``index`` [N, k] names: [E, ...].
+
+    In an order that is always the same: `index_add` on a GPU adds as it comes.
+    """
+    rest = value.shape[index.dim() :]
+    zeros = torch.zeros(experts, *rest, dtype=torch.float64, device=index.device)
+    return zeros.index_put((index.reshape(-1),), value.reshape(-1, *rest), accumulate=True)
 
 
 def per_pair(index: Tensor, value: Tensor, experts: int) -> Tensor:
@@ -62,9 +48,9 @@ def coactivation(index: Tensor, experts: int) -> Tensor:
     return per_pair(index, torch.ones(tokens, k, k, dtype=torch.float64, device=index.device), experts)
 
 
-def gated_norm_gram(index: Tensor, weight: Tensor, outputs: Tensor, experts: int) -> Tensor:
+def gated_norm_gram(index: Tensor, weight: Tensor, norm: Tensor, experts: int) -> Tensor:
     """Sum of a_i a_j with a = g ||f||_2, over the tokens routed to both."""
-    gated = weight.double() * norms(outputs)
+    gated = weight.double() * norm
     return per_pair(index, gated.unsqueeze(2) * gated.unsqueeze(1), experts)
 
 
@@ -79,25 +65,8 @@ def gate_norm_turn(index: Tensor, weight: Tensor, outputs: Tensor, residual: Ten
     stream = residual.float()
     after = stream + (weight.float().unsqueeze(-1) * outputs.float()).sum(dim=1)
     turn = (1 - torch.cosine_similarity(stream, after, dim=-1)).clamp_min(0).double()
-    return per_expert(index, weight.double() * norms(outputs) * turn.unsqueeze(1), experts)
-
-
-def all_output_sums(experts: nn.Module, hidden: Tensor, gate: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Over all tokens, float64 [E, H]: the sum of every expert's output, and the same weighted by ``gate`` [N, E]
-    (zeros without one). A chunk of tokens at a time.
-    """
-    plain = torch.zeros(count, hidden.shape[-1], dtype=torch.float64, device=hidden.device)
-    gated = torch.zeros_like(plain)
-    size = max(1, PAIRS_AT_ONCE // count)
-    for start in range(0, len(hidden), size):
-        chunk = hidden[start : start + size]
-        every = torch.arange(count, device=hidden.device).expand(len(chunk), count)
-        outputs = routed_outputs(experts, chunk, every)
-        plain += outputs.sum(dim=0, dtype=torch.float64)
-        if gate is not None:
-            weighted = gate[start : start + size].float().unsqueeze(-1) * outputs.float()
-            gated += weighted.sum(dim=0, dtype=torch.float64)
-    return plain, gated
+    norm = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).double()
+    return per_expert(index, weight.double() * norm * turn.unsqueeze(1), experts)
 
 
 def paper_routing(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:

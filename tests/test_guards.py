@@ -63,7 +63,7 @@ BROKEN = {
     attention: "layer {}, the hidden states that come to the experts",
     router: "layer {}, the router's gates",
     experts: "layer {}, the experts' outputs",
-    head: "behind the last layer, the logits",
+    head: "behind the last layer, the weights of the output head",
 }
 
 

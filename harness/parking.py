@@ -1,0 +1,81 @@
+"""Hidden states that wait in front of a layer: where they were computed as far as there is room, the others in the
+machine's memory, then on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Parking:
+    """The hidden states of so many batches, [B, T, H] each, of one size.
+
+    device_bytes: how much may stay on the device. host_bytes: how much more in memory, if the device is another.
+    folder: for the rest.
+    """
+
+    device_bytes: float
+    host_bytes: float
+    folder: Path
+    parked: dict[int, Tensor] = field(default_factory=dict)
+    away: dict[int, Tensor | Path] = field(default_factory=dict)
+
+    def put(self, number: int, hidden: Tensor) -> None:
+        """Take a batch's states. The tensor stays the one that its forward pass knows; its contents may go elsewhere
+        until they are fetched.
+        """
+        self.parked[number] = hidden
+        room = self.device_bytes - hidden.nbytes * (number + 1)
+        if room >= 0:
+            return
+        if hidden.device.type != "cpu" and room + self.host_bytes >= 0:
+            self.away[number] = hidden.cpu()
+        else:
+            file = self.folder / f"{number}.bin"
+            write(hidden, file)
+            self.away[number] = file
+        release(hidden)
+
+    def fetch(self, number: int) -> None:
+        """Bring the contents of a batch's states back where they were. Nothing to do for those that stayed."""
+        elsewhere = self.away.pop(number, None)
+        if elsewhere is None:
+            return
+        hidden = self.parked[number]
+        if isinstance(elsewhere, Tensor):
+            hidden.data = elsewhere.to(hidden.device)
+        else:
+            hidden.data = read(elsewhere, hidden)
+            elsewhere.unlink()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        for elsewhere in self.away.values():
+            if isinstance(elsewhere, Path):
+                elsewhere.unlink(missing_ok=True)
+        self.away.clear()
+        self.parked.clear()
+
+
+def release(tensor: Tensor) -> None:
+    """Give the memory of a tensor's contents back; whoever reads it nevertheless finds NaN everywhere."""
+    tensor.data = torch.full((1,), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def write(tensor: Tensor, file: Path) -> None:
+    """The bytes of a tensor, whatever its type."""
+    tensor.contiguous().cpu().view(torch.uint8).numpy().tofile(file)
+
+
+def read(file: Path, like: Tensor) -> Tensor:
+    """What `write` wrote of a tensor of the same shape, type and device."""
+    found = torch.empty(like.shape, dtype=like.dtype)
+    with file.open("rb", buffering=0) as opened:
+        got = opened.readinto(found.view(torch.uint8).numpy().data)
+    assert got == found.nbytes, f"{file} holds {got} bytes of {found.nbytes}"
+    return found.to(like.device)
