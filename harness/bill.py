@@ -42,11 +42,11 @@ from harness.estimate import (
     keeps_rows,
     passes,
     routed,
-    widened,
 )
 from harness.external import Server
 from harness.hf import Transformers
 from harness.models import Model, Outlined
+from harness.room import need
 from harness.rows import NOT_RUN
 from harness.serve import VLLM
 from harness.spec import Cell
@@ -126,11 +126,17 @@ def _too_large(cell: Cell, estimate: Estimate | None) -> Iterator[str]:
     model = estimate.cell.model
     if (reason := _unserved(cell.serve, model.nbytes)) is not None:
         yield f"model {model.name}: {reason}"
-    needed, memory = model.nbytes * widened(model, cell.calibration.dtype), _memory()
-    if cell.compresses and needed > memory:
+    text, memory = cell.calibration, _memory()
+    needed = model.nbytes * model.widened(text.dtype)
+    if cell.loads_the_model and needed > sum(memory):
         yield (
-            f"model {model.name}: the whole model must be in memory to calibrate, {needed / GB:.1f} GB, and this "
-            f"machine has {memory / GB:.1f} GB"
+            f"model {model.name}: {cell.label} needs the whole model in memory, {needed / GB:.1f} GB, and this machine "
+            f"has {sum(memory) / GB:.1f} GB"
+        )
+    elif cell.calibrates and (least := need(model, text.dtype, text.batch_size * text.length).one_layer) > memory[0]:
+        yield (
+            f"model {model.name}: calibration layer by layer takes {least / GB:.1f} GB, and this machine has "
+            f"{memory[0] / GB:.1f} GB"
         )
 
 
@@ -143,13 +149,12 @@ def _unserved(serve: VLLM | Transformers, nbytes: int) -> str | None:
 
 
 @functools.cache
-def _memory() -> float:
-    """Bytes of this machine's GPUs, or of its memory where it has none."""
+def _memory() -> list[float]:
+    """Bytes of each of this machine's GPUs, or of its memory where it has none."""
     import torch
 
-    if torch.cuda.is_available():
-        return float(sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
-    return float(psutil.virtual_memory().total)
+    found = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return list(map(float, found)) or [float(psutil.virtual_memory().total)]
 
 
 def show(sweep: Sweep) -> int:

@@ -36,7 +36,11 @@ Batches = Iterable[Batch]
 
 
 def calibrate(
-    model: PreTrainedModel, batches: Batches, extras: frozenset[str] = frozenset(), routing: str = "actual"
+    model: PreTrainedModel,
+    batches: Batches,
+    extras: frozenset[str] = frozenset(),
+    routing: str = "actual",
+    all_experts: int | None = None,
 ) -> Stats:
     """Gather the statistics of every MoE layer.
 
@@ -44,10 +48,11 @@ def calibrate(
     extras: which of `harness.stats.EXTRAS` to gather besides the routed sums.
     routing: ``actual``, the experts and gates the model really used, or ``paper``, those that REAP's published code
     takes instead (`harness.sums.paper_routing`).
+    all_experts: how many of the tokens, the first, go through every expert where extras ask for that; None: all.
     Raises UserError if the architecture does not use the seam, StageError at the first layer where something is not
     finite: what comes in, the router's logits or gates, the experts' outputs; and for what comes out of the last.
     """
-    observer = Observer(model, extras, routing)
+    observer = Observer(model, extras, routing, all_experts=all_experts)
     observer.watch(batches)
     if not observer.layers:
         raise _unobservable(model)
@@ -60,6 +65,7 @@ def calibrate_in_sequence(
     extras: frozenset[str],
     routing: str,
     decide: Callable[[int, LayerStats], LayerPlan],
+    all_experts: int | None = None,
 ) -> dict[int, LayerPlan]:
     """Layer by layer: observe a layer behind the layers already compressed, ``decide`` its plan, compress it in memory.
 
@@ -68,7 +74,7 @@ def calibrate_in_sequence(
     batches = list(batches)
     plans: dict[int, LayerPlan] = {}
     for layer, block in moe_blocks(model).items():
-        observer = Observer(model, extras, routing, only=layer)
+        observer = Observer(model, extras, routing, only=layer, all_experts=all_experts)
         observer.watch(batches)
         if layer not in observer.layers:
             raise _unobservable(model)
@@ -84,16 +90,26 @@ def calibrate_streamed(
     routing: str,
     parking: Parking,
     unfinished: Unfinished,
+    all_experts: int | None = None,
+    advance: Callable[[float], object] = lambda tokens: None,
 ) -> Stats:
     """As `calibrate`, with the same sums to the last bit, of a model whose layers are read from disk one at a time.
 
-    unfinished: what an interrupted pass has left; it is gone on with.
+    unfinished: what an interrupted pass has left; it is gone on with. advance: told of each batch in each layer, how
+    many tokens through the whole model that comes to.
     """
-    observer = Observer(streamed.model, extras, routing, known=unfinished.layers)
+    observer = Observer(streamed.model, extras, routing, known=unfinished.layers, all_experts=all_experts)
     passes = Passes(streamed, batches, parking)
     start, states = unfinished.states()
+    share = 1 / len(streamed.layers)
+    advance(start * share * sum(ids.numel() for ids, _ in batches))
+
+    def entering(batch: Batch) -> None:
+        observer.expect(batch)
+        advance(share * batch[0].numel())
+
     with observer.attached():
-        for index in passes.layers(observer.expect, start, states):
+        for index in passes.layers(entering, start, states):
             observer.finite.check()
             if (seen := observer.layers.pop(index, None)) is not None:
                 unfinished.keep(index, seen.finish())
@@ -134,7 +150,8 @@ class _LayerSeen(Exception):  # noqa: N818 - not an error
 class Observer:
     """Stands in for the model's experts function and adds up what passes through it.
 
-    only: the one layer to observe; the pass ends there. known: layers that are not observed.
+    only: the one layer to observe; the pass ends there. known: layers that are not observed. all_experts: how many
+    tokens go through every expert; None: all.
     """
 
     def __init__(
@@ -144,6 +161,7 @@ class Observer:
         routing: str = "actual",
         only: int | None = None,
         known: Collection[int] = (),
+        all_experts: int | None = None,
     ) -> None:
         assert extras <= set(EXTRAS), extras
         assert routing in ("actual", "paper"), routing
@@ -152,6 +170,7 @@ class Observer:
         self.routing = routing
         self.only = only
         self.known = known
+        self.all_experts = all_experts
         self.renormalise = bool(getattr(model.config.get_text_config(), "norm_topk_prob", False))  # as published
         self.layers: dict[int, Accumulator] = {}
         self.mask: Tensor | None = None
@@ -254,7 +273,14 @@ class Observer:
 
     def _logits_of(self, layer: int, mask: Tensor | None) -> Tensor | None:
         """The router's logits of the unmasked tokens, [N, E], where they are read."""
-        return _masked(self.logits.pop(layer), mask) if self.reads_logits else None
+        if not self.reads_logits:
+            return None
+        if layer not in self.logits:
+            raise UserError(
+                f"{type(self.model).__name__}, layer {layer}: its router has no logits that are known as such, which "
+                "routing=paper and some methods need. Choose routing=actual and a method that reads routed statistics."
+            )
+        return _masked(self.logits.pop(layer), mask)
 
     def _residual(self, layer: int, mask: Tensor | None) -> Tensor:
         return _masked(self.residual.stream.pop(layer), mask)
@@ -273,8 +299,10 @@ class Observer:
     def _observe_all_experts(self, here: Accumulator, seen: Seen, logits: Tensor | None) -> None:
         wanted = self.extras & {"all_output_sum", "all_gated_output_sum"}
         if wanted:
-            gate = _known(logits).float().softmax(dim=-1) if "all_gated_output_sum" in wanted else None
-            plain, gated = routed.sums_over_tokens(seen.experts, seen.hidden, gate)
+            before = here.tokens - len(seen.hidden)
+            left = None if self.all_experts is None else max(0, self.all_experts - before)
+            gate = _known(logits)[:left].float().softmax(dim=-1) if "all_gated_output_sum" in wanted else None
+            plain, gated = routed.sums_over_tokens(seen.experts, seen.hidden[:left], gate)
             found = {"all_output_sum": plain, "all_gated_output_sum": gated}
             here.add({name: found[name] for name in wanted})
 

@@ -36,6 +36,7 @@ def checked(arguments: Sequence[str], servers: int = 1) -> Sweep:
         waiting = [cell for cell in sweep.cells if not scoring.all_done(cell, sweep.store)]
         if servers:
             check_servers(waiting, servers)
+            check_whole_models(waiting)
         check_texts(texts_of(waiting), sweep.store)
     return sweep
 
@@ -44,6 +45,15 @@ def check_servers(cells: Iterable[Cell], servers: int = 1) -> None:
     """Raise UserError for a server that cannot run on this machine, or not so many with weights of this size."""
     for serve, nbytes in {(cell.serve, cell.model.nbytes) for cell in cells}:
         serve.check(nbytes, servers)
+
+
+def check_whole_models(cells: Iterable[Cell]) -> None:
+    """Raise UserError for a plan that needs the whole of a model that this machine's memory does not hold."""
+    for model, dtype, label in {(c.model, c.calibration.dtype, c.label) for c in cells if c.loads_the_model}:
+        try:
+            model.check_memory(dtype)
+        except StageError as error:
+            raise UserError(f"{label}: {error}") from error
 
 
 def texts_of(cells: Sequence[Cell]) -> list[tuple[Calibration, Model]]:

@@ -40,6 +40,8 @@ class Calibration:
     sequences x length: tokens are packed into this many sequences of this length.
     seed: which documents are drawn, without replacement. dtype: in which the model runs the pass. held_out: sequences
     of further documents that no statistic sees, for the reconstruction error of plans; 0 leaves that out.
+    all_expert_tokens: where a method asks what every expert makes of a token, routed to it or not, only the first so
+    many tokens are asked. shards: parts of the sequences that are gathered on their own, by as many processes as come.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Calibration:
     dtype: str = "auto"
     batch_size: int = 8
     columns: tuple[str, ...] = TEXT
+    all_expert_tokens: int = 65_536
+    shards: int = 1
 
     def check(self) -> None:
         """Raise UserError, before any work, if a file is missing or a number is not usable."""
@@ -61,6 +65,14 @@ class Calibration:
                 f"calibration {self.name!r} asks for {self.sequences} sequences of {self.length} tokens in batches of "
                 f"{self.batch_size}: there must be at least 1 sequence, 2 tokens and 1 per batch."
             )
+        if self.all_expert_tokens < 1:
+            raise UserError(f"calibration.all_expert_tokens={self.all_expert_tokens}: there must be at least 1.")
+        batches = -(-self.sequences // self.batch_size)
+        if not 1 <= self.shards <= batches:
+            raise UserError(
+                f"calibration.shards={self.shards}: {self.sequences} sequences in batches of {self.batch_size} make 1 "
+                f"to {batches} shards."
+            )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
         if unread := [column for column in self.columns if column.count("+") > 1 or not all(column.split("+"))]:
@@ -69,6 +81,11 @@ class Calibration:
             raise UserError(f"calibration {self.name!r}: calibration.columns=[] names no column to read.")
         if not self.paths:
             raise UserError(f"calibration {self.name!r} names no files. Give at least one .jsonl or .txt file.")
+
+    @property
+    def tokens_in_all(self) -> int:
+        """That statistics are gathered on."""
+        return self.sequences * self.length
 
     @cached_property
     def paths(self) -> list[Path]:

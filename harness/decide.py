@@ -48,6 +48,7 @@ def decide_in_sequence(
     extras: frozenset[str],
     routing: str,
     keep: Mapping[int, int],
+    all_experts: int | None = None,
 ) -> dict[int, LayerPlan]:
     """As `decide`, each layer from statistics gathered behind the layers that are compressed already."""
 
@@ -56,4 +57,4 @@ def decide_in_sequence(
     def one(layer: int, stats: LayerStats) -> LayerPlan:
         return decide(method, Stats({layer: stats}), {layer: keep[layer]})[layer]
 
-    return calibrate_in_sequence(model, batches, extras, routing, one)
+    return calibrate_in_sequence(model, batches, extras, routing, one, all_experts)

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from harness import checkpoint, gather, scoring, stages, stats
+from harness import checkpoint, gather, one_pass, scoring, stages, stats
 from harness import plan as plans
 from harness.absent import absent_data
 from harness.errors import UserError
@@ -23,7 +23,7 @@ from harness.models import Model, role
 from harness.plan import LayerPlan, Plan
 from harness.serve import VLLM
 from harness.spec import Cell
-from harness.store import Store, key
+from harness.store import Store
 from harness.sweep import Sweep
 from harness.thinking import ThinkThenAnswer
 from harness.trial import trial_plan
@@ -219,7 +219,7 @@ class Estimate:
             stored = float(self.size.distinct_bytes if serve.reads_plans else self.size.bytes)
         if isinstance(serve, ThinkThenAnswer) and not self.plan.is_identity:
             stored += model.nbytes  # the original answers, in an engine of its own
-        return stored * widened(model, serve.dtype)
+        return stored * model.widened(serve.dtype)
 
     @property
     def cache_bytes(self) -> float:
@@ -278,11 +278,6 @@ class Estimate:
         return read + self.batch * length * cache_bytes(model)
 
 
-def widened(model: Model, dtype: str) -> float:
-    """How much larger weights are in memory than on disk."""
-    return 4 * model.parameters / model.nbytes if dtype == "float32" else 1.0
-
-
 def gpus(nbytes: float, share: float = 0.9) -> int:
     """80 GB GPUs that hold so many bytes, a power of two."""
     return 1 << math.ceil(math.log2(max(1.0, nbytes / (GPU_BYTES * share))))
@@ -316,7 +311,7 @@ class Pass:
         """Memory: the whole original, and the logits of a batch."""
         text = self.cell.calibration
         logits = 4.0 * text.batch_size * text.length * self.model.config["vocab_size"]
-        return self.model.nbytes * widened(self.model, text.dtype) + logits
+        return self.model.nbytes * self.model.widened(text.dtype) + logits
 
     @property
     def hours(self) -> float:
@@ -346,5 +341,4 @@ def passes(sweep: Sweep, estimates: Sequence[Estimate]) -> list[Pass]:
 def _has_statistics(cell: Cell, extras: frozenset[str], store: Store) -> bool:
     if not _is_known(cell, store) or not store.path("tokens", cell.tokens_name).exists():
         return False
-    path = store.path("stats", key(**gather.observed(cell, gather.tokens(cell, store))) + ".safetensors")
-    return path.exists() and extras <= stats.load(path).names
+    return one_pass.whole(replace(cell, collect=extras), gather.tokens(cell, store)).is_made(store)

@@ -1,11 +1,13 @@
-"""The most memory that a stage held at a time."""
+"""How much memory is free, and the most that a stage held at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -16,6 +18,22 @@ def forget_peak() -> None:
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
+
+
+def free() -> int:
+    """Bytes that weights may still take, on all GPUs and beside them."""
+    found = psutil.virtual_memory().available
+    if torch.cuda.is_available():
+        found += sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
+    return int(found)
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system. The C library keeps what came in many small pieces, as the experts of
+    a file do, and takes more where the pieces do not fit together.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: others do so by themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak() -> dict[str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import inventory, tensors
-from harness.errors import UserError
+from harness.errors import StageError, UserError
 from harness.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$
 _EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
 _FUSED = re.compile(r"^.*?(?:experts\.|block_sparse_moe\.(?=(?:in|out)put_linear\.))(?P<part>[a-z].*)$")
 _ROUTER = re.compile(
-    r"(?:^|\.)(?:(?:gate|router|router\.layer|moe_statics)\.(?:weight|bias|e_score_correction_bias)"
+    r"(?:^|\.)(?:(?:gate|gate\.wg|router|router\.layer|moe_statics)\.(?:weight|bias|e_score_correction_bias)"
     r"|(?:expert|router|e_score_correction)_bias)$"
 )
 
@@ -238,6 +238,15 @@ class Model:
     def parameters(self) -> int:
         return sum(tensor.elements for tensor in self.tensors.values())
 
+    @property
+    def bytes_of_a_number(self) -> float:
+        """Of the mean parameter, as it is stored."""
+        return self.nbytes / self.parameters
+
+    def widened(self, dtype: str) -> float:
+        """How much larger the weights are in memory than on disk."""
+        return 4 / self.bytes_of_a_number if dtype == "float32" else 1.0
+
     def check_compressible(self) -> None:
         """Raise UserError for a dense model."""
         if not self.experts:
@@ -285,9 +294,25 @@ class Model:
         inventory.check_known(self.folder, found)
         return hashlib.sha256("\n".join(f"{name} {one.sha256}" for name, one in found.items()).encode()).hexdigest()
 
+    def check_memory(self, dtype: str) -> None:
+        """Raise StageError if the whole model does not fit into the memory that is free."""
+        from harness.memory import free
+
+        needed, there = self.nbytes * self.widened(dtype), free()
+        if needed > there:
+            raise StageError(
+                f"The whole of {self.name} would have to be in memory, {needed / 2**30:.1f} GiB in {dtype}, and "
+                f"{there / 2**30:.1f} GiB are free. What goes layer by layer needs no more than its largest layer: "
+                "statistics, the plans that follow from them, and exports."
+            )
+
     def load(self, dtype: str) -> PreTrainedModel:
-        """The model in memory (on the GPUs, if any), for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``."""
+        """The model in memory (on the GPUs, if any), for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``.
+
+        Raises StageError if it does not fit.
+        """
         self.check_code()
+        self.check_memory(dtype)
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar

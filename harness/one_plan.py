@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import gather, stages
 from harness import plan as plans
-from harness.commandline import before_work, check_texts, texts_of
+from harness.commandline import before_work, check_texts, check_whole_models, texts_of
 from harness.errors import UserError
 from harness.plan import Plan
 from harness.spec import Cell
@@ -59,6 +59,7 @@ def one_plan(arguments: Sequence[str], file: str | None, check: Callable[[Cell],
         check(cell)
         if file is not None:
             return _from_file(cell, file, sweep.store)
+        check_whole_models([cell])
         if cell.calibrates:
             cell.calibration.check()
         if cell.calibrates or cell.recovery is not None:

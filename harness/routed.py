@@ -91,7 +91,7 @@ def sums_over_tokens(experts: Any, hidden: Tensor, gate: Tensor | None) -> tuple
         every = torch.arange(count, device=device)
         ends = ((every + 1) * len(chunk)).int()
         found = hidden_units(experts, chunk.repeat(count, 1), every.repeat_interleave(len(chunk)), ends)
-        units = found.view(count, len(chunk), -1)
+        units = found.view(count, len(chunk), found.shape[-1])
         plain = plain + units.sum(dim=1, dtype=torch.float64)
         if share is not None:
             gated = gated + torch.bmm(share.T.float().unsqueeze(1), units.float()).squeeze(1).double()
@@ -101,7 +101,7 @@ def sums_over_tokens(experts: Any, hidden: Tensor, gate: Tensor | None) -> tuple
 
 
 def _split(gate: Tensor | None, length: int, size: int) -> tuple[Tensor | None, ...]:
-    return tuple(gate.split(size)) if gate is not None else (None,) * -(-length // size)
+    return tuple(gate.split(size)) if gate is not None else (None,) * max(1, -(-length // size))
 
 
 def _projected(experts: Any, units: Tensor, weight: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ def hook_routers(
     needed_by: who needs them and what else can be done, the end of the message. Raises UserError if the model does not
     say where they are.
     """
-    recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    # A model that also sees or hears says so of the part that reads text.
+    said = (getattr(part, "_can_record_outputs", None) or {} for part in (model, model.get_decoder()))
+    recorder = next((known["router_logits"] for known in said if "router_logits" in known), None)
     if recorder is None:
         raise UserError(f"{type(model).__name__} does not say where its router logits are, which {needed_by}")
     target, position = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)

@@ -16,6 +16,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,8 +29,9 @@ from harness.external import Server
 from harness.hf import Transformers
 from harness.models import Model
 from harness.remake import Remake
+from harness.room import MaxMemory
 from harness.serve import VLLM
-from harness.stats import BARRIERS, EXTRAS, MEASURES, ROUTED, WEIGHTS
+from harness.stats import BARRIERS, EXTRAS, MEASURES, OF_OUTPUTS, ROUTED, WEIGHTS
 from harness.store import key
 from methods import Method, SequentialMethod
 from methods.allocations import Allocation
@@ -76,6 +78,7 @@ class Cell:
     keep_checkpoints: bool = False
     allocation: Allocation = Uniform()  # how the layers share what the ratio leaves
     recovery: Remake | None = None  # what makes new weights of the plan's model
+    max_memory: MaxMemory = MaxMemory()  # what calibration may take
 
     @property
     def needs(self) -> frozenset[str]:
@@ -103,6 +106,12 @@ class Cell:
         return isinstance(self.method, SequentialMethod)
 
     @property
+    def loads_the_model(self) -> bool:
+        """Whether the plan, or what is made of it, needs the whole model in memory."""
+        whole = {*BARRIERS, *MEASURES}
+        return bool(self.in_sequence or self.needs & whole or self.recovery is not None)
+
+    @property
     def compresses(self) -> bool:
         return not isinstance(self.method, NoCompression)
 
@@ -125,6 +134,8 @@ class Cell:
             identity["keep"] = sorted(self.keep.items())
         if self.calibrates:
             identity["calibration"] = {**self.calibration.identity(), **self.observed_how()}
+            if self.needs & set(OF_OUTPUTS) and self.calibration.all_expert_tokens < self.calibration.tokens_in_all:
+                identity["calibration"]["all_experts"] = self.calibration.all_expert_tokens
         if self.needs & set(WEIGHTS):
             identity["weights"] = STATS_SCHEMA
         if "reconstruction" in self.needs:
@@ -143,6 +154,11 @@ class Cell:
             return {}
         asked = {"cell": self.identity(), "ratio": self.ratio, "seed": self.seed}
         return {"recovery": {**remake.identity(self.recovery), **asked}}
+
+    def observed(self, ids: np.ndarray) -> dict[str, Any]:
+        """What determines whatever a pass of the model over these tokens finds: the fields of its key."""
+        tokens = hashlib.sha256(ids.tobytes()).hexdigest()
+        return {"model": self.model.digest, "tokens": tokens, **self.observed_how()}
 
     def observed_how(self) -> dict[str, Any]:
         """What determines the sums besides model and tokens."""
@@ -292,6 +308,7 @@ def cell_of(config: DictConfig) -> Cell:
         keep_checkpoints=_yes_or_no("keep_checkpoints", fields["keep_checkpoints"]),
         allocation=allocation,
         recovery=recovery,
+        max_memory=_max_memory(fields["max_memory"]),
     )
 
 
@@ -419,6 +436,12 @@ def _routing(value: object) -> str:
     if not isinstance(value, str) or value not in ("actual", "paper"):
         raise UserError(f"routing={value} is not one of actual, paper.")
     return str(value)
+
+
+def _max_memory(value: object) -> MaxMemory:
+    if not isinstance(value, Mapping) or not value.keys() <= {"ram", "gpu"}:
+        raise UserError(f"max_memory={value} is not known: there are max_memory.ram and max_memory.gpu, in GiB.")
+    return MaxMemory(**value)
 
 
 def _yes_or_no(name: str, value: object) -> bool:

@@ -77,7 +77,9 @@ def _decide(cell: Cell, given: Stats, searches: dict[int, ModelSearch], store: S
         batches = list(packed_batches(ids, cell.calibration.batch_size))
         model = cell.model.load(cell.calibration.dtype)
         own = cell.method.needs & set(stats.EXTRAS)
-        return decide_in_sequence(cell.method, model, batches, own, cell.routing, cell.keep)
+        return decide_in_sequence(
+            cell.method, model, batches, own, cell.routing, cell.keep, cell.calibration.all_expert_tokens
+        )
     if "reconstruction" in cell.needs:
         given = replace(given, error=_reconstruction(cell, store).error)
     if "search" in cell.needs:

@@ -41,7 +41,7 @@ PAIRWISE = (  # [E, E]; the last three over the tokens routed to both experts of
     "gated_norm_gram",  # sum of g_i n_i g_j n_j
     "gated_output_gram",  # sum of g_i g_j <f_i(x), f_j(x)>
 )
-OF_OUTPUTS = (  # [E, H], over all tokens, routed or not: every expert runs on every token
+OF_OUTPUTS = (  # [E, H], routed or not: every expert runs on each of the first `calibration.all_expert_tokens` tokens
     "all_output_sum",  # sum of f_j(x)
     "all_gated_output_sum",  # sum of p_j f_j(x), p the softmax over all E raw logits
 )

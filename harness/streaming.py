@@ -6,6 +6,7 @@ go through a layer while its weights are there, and whatever a model does betwee
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictInfo
 
 from harness.errors import StageError, UserError
 from harness.finite import not_finite
+from harness.memory import give_back
 from harness.models import Model
 from harness.parking import Parking, read, release, write
 
@@ -60,9 +62,11 @@ class Streamed:
             _load(self.model, self.names[index], self.load_config)
             if missing := [name for name, tensor in layer.state_dict().items() if tensor.is_meta]:
                 raise StageError(f"The checkpoint has no {', '.join(missing[:3])} of layer {index}.")
+            give_back()
             yield layer
         finally:
             _empty(layer)
+            give_back()
 
 
 def open_streamed(model: Model, dtype: str) -> Streamed:
@@ -71,6 +75,9 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     Raises UserError for an architecture that transformers does not have, or whose layers are not found.
     """
     model.check_code()
+    # Read when oneDNN first computes. Every expert's number of tokens makes a kernel of its own, which is not needed
+    # again; a thousand of them would take some hundred MB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     config = AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if kind is None:

@@ -137,7 +137,7 @@ def _check_rows(cells: Sequence[Cell]) -> None:
 
 def _settings(cell: Cell, task: Task) -> tuple:
     """What was asked for, as far as it can change a score. Reads no file: neither model nor text need be here yet."""
-    text = replace(cell.calibration, batch_size=1) if cell.calibrates else None
+    text = replace(cell.calibration, batch_size=1, shards=1) if cell.calibrates else None
     parts = (cell.allocation, cell.recovery)
     method = None if cell.keeps_experts else method_identity(cell.method)
     return cell.model, method, cell.ratio, parts, text, task, cell.serve.identity()

@@ -41,7 +41,7 @@ SHUFFLES = 200
 def counts(cell: Cell, store: Store) -> np.ndarray:
     """Choices of each expert in each part of the cell's calibration set, int64 [parts, layers, experts]."""
     ids = gather.tokens(cell, store)
-    name = key(parts=PARTS, **gather.observed(cell, ids)) + ".npy"
+    name = key(parts=PARTS, **cell.observed(ids)) + ".npy"
     path = store.path("usage", name)
     say("usage", cell.calibration.name, "cached" if path.exists() else f"{ids.size} tokens")
 

@@ -60,8 +60,8 @@ class HCSMoE(LayerMethod):
         return self.clustering == "hierarchical"
 
     def plan_layer(self, stats: LayerStats, keep: int) -> LayerPlan:
-        means = stats["all_output_sum"] / max(stats.tokens, 1)
-        return LayerPlan.merge(self.clusters(means, keep), stats["count"].tolist())
+        # Sums over the same tokens for every expert: their means would give the same clusters.
+        return LayerPlan.merge(self.clusters(stats["all_output_sum"], keep), stats["count"].tolist())
 
     def clusters(self, points: np.ndarray, number: int) -> list[list[int]]:
         if self.clustering == "kmeans":

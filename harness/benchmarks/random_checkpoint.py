@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,8 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Weights that keep the size of what goes through them; norms near one."""
     drawn = torch.randn(shape, generator=generator)
     return (1 + 0.1 * drawn if len(shape) == 1 else drawn * shape[-1] ** -0.5).bfloat16()
+
+
+def main() -> None:
+    """Write one: the folder and the size as JSON on the command line."""
+    write(Path(sys.argv[1]), Size(**json.loads(sys.argv[2])))
