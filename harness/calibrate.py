@@ -26,7 +26,7 @@ from harness.parking import Parking
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
 from harness.routed import Routed
-from harness.seam import experts_run_through, hook_routers
+from harness.seam import experts_run_through, hook_routers, trunk
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
 from harness.streaming import Passes, Streamed
 from harness.unfinished import Unfinished
@@ -191,9 +191,7 @@ class Observer:
                 device = self.model.device
                 try:
                     # No logits: what is behind the layers is needed by no sum, and costs as much as some layers.
-                    found = self.model.base_model(
-                        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-                    )
+                    found = trunk(self.model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                     self._check_last(found.last_hidden_state)
                 except _LayerSeen:
                     pass
@@ -218,7 +216,7 @@ class Observer:
         if head is not None:  # not run, as nothing reads the logits
             self.finite.note("behind the last layer", {"the weights of the output head": head.weight})
         try:
-            with experts_run_through(self.model, self.forward):
+            with experts_run_through(self.model, self.forward, gated_inputs=True):
                 yield
         finally:
             for hook in hooks:
@@ -237,7 +235,10 @@ class Observer:
     def forward(self, experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The experts function. hidden [N, H], index [N, k] expert ids, weight [N, k] gates; returns [N, H]."""
         layer = self.index_of[experts]
-        made = routed.run(experts, hidden, index)
+        scale = None
+        if getattr(experts, "gates_inputs", False):  # nothing multiplies the outputs then
+            scale, weight = weight, torch.ones_like(weight)
+        made = routed.run(experts, hidden, index, scale)
         if layer not in self.known and self.only in (None, layer):
             self._observe(Seen(layer, experts, hidden, index, weight, made))
             if self.only == layer:

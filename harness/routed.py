@@ -50,8 +50,8 @@ class Routed:
         return self if mask is None else Routed(self.rows, self.order, self.place[mask])
 
 
-def run(experts: Any, hidden: Tensor, index: Tensor) -> Routed:
-    """Give the tokens ``hidden`` [N, H] to the experts that ``index`` [N, k] names.
+def run(experts: Any, hidden: Tensor, index: Tensor, scale: Tensor | None = None) -> Routed:
+    """Give the tokens ``hidden`` [N, H] to the experts that ``index`` [N, k] names, times ``scale`` [N, k] where given.
 
     The experts are a module of transformers that goes through its experts interface (`harness.seam`): biases, gating
     functions and transposed layouts are as that has them.
@@ -61,10 +61,13 @@ def run(experts: Any, hidden: Tensor, index: Tensor) -> Routed:
     place[order] = torch.arange(len(order), device=order.device)
     every = torch.arange(experts.num_experts, device=chosen.device)
     ends = torch.searchsorted(chosen, every, right=True, out_int32=True)
-    inner = hidden_units(experts, hidden[order // index.shape[1]], chosen, ends)
+    rows = hidden[order // index.shape[1]]
+    if scale is not None:
+        rows = rows * scale.reshape(-1)[order].unsqueeze(-1)
+    inner = hidden_units(experts, rows, chosen, ends)
     bias = experts.down_proj_bias[chosen] if experts.has_bias else None
-    rows = _grouped_linear(inner, experts.down_proj, ends, bias=bias, is_transposed=experts.is_transposed)
-    return Routed(rows, order, place.view(index.shape))
+    outputs = _grouped_linear(inner, experts.down_proj, ends, bias=bias, is_transposed=experts.is_transposed)
+    return Routed(outputs, order, place.view(index.shape))
 
 
 def hidden_units(experts: Any, rows: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from harness import llama4
 from harness.errors import UserError
 
 NAME = "taken_over"
@@ -21,11 +22,20 @@ ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def experts_run_through(model: PreTrainedModel, function: ExpertsFunction) -> Iterator[None]:
+def experts_run_through(
+    model: PreTrainedModel, function: ExpertsFunction, gated_inputs: bool = False
+) -> Iterator[None]:
     """Within this context the model's experts are computed by ``function``; afterwards as before, also after an error.
+
+    gated_inputs: whether it heeds ``gates_inputs`` of the experts module: that the gates multiply what goes into the
+    experts, not what comes out, as in Llama-4.
 
     Raises UserError if the architecture does not use the seam.
     """
+    if gated_inputs and llama4.blocks(model):
+        with llama4.led_through(model, function):
+            yield
+        return
     before = model.config._experts_implementation
     ALL_EXPERTS_FUNCTIONS.register(NAME, function)
     try:
@@ -44,8 +54,7 @@ def hook_routers(
     needed_by: who needs them and what else can be done, the end of the message. Raises UserError if the model does not
     say where they are.
     """
-    # A model that also sees or hears says so of the part that reads text.
-    said = (getattr(part, "_can_record_outputs", None) or {} for part in (model, model.get_decoder()))
+    said = (getattr(part, "_can_record_outputs", None) or {} for part in (model, trunk(model), decoder(model)))
     recorder = next((known["router_logits"] for known in said if "router_logits" in known), None)
     if recorder is None:
         raise UserError(f"{type(model).__name__} does not say where its router logits are, which {needed_by}")
@@ -58,6 +67,18 @@ def hook_routers(
     for module in model.modules():
         if isinstance(module, target):
             yield module.register_forward_hook(hook)
+
+
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """All of it but the output head: from token ids to the last hidden states."""
+    inner = model.base_model if model.base_model is not model else model.model  # Llama-4 gives itself
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of it that reads text: in a model that also sees or hears, one of several."""
+    return next((part for part in (model.get_decoder(), trunk(model)) if hasattr(part, "layers")), model)
 
 
 def use(model: PreTrainedModel, implementation: str) -> None:

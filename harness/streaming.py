@@ -7,31 +7,24 @@ go through a layer while its weights are there, and whatever a model does betwee
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictInfo
 
 from harness.errors import StageError, UserError
 from harness.finite import not_finite
+from harness.layer_files import Sources, by_layer, load, load_parameter
 from harness.memory import give_back
 from harness.models import Model
 from harness.parking import Parking, read, release, write
+from harness.seam import decoder, trunk
 
 Batch = tuple[Tensor, Tensor]  # token ids and attention mask, both int64 [B, T]
 FORM = "form"  # name of a file beside saved states
@@ -41,12 +34,12 @@ FORM = "form"  # name of a file beside saved states
 class Streamed:
     """A model whose decoder layers are on the meta device but while they are needed.
 
-    layers: the decoder layers. names: of the tensors in the checkpoint that each is loaded from, and their files.
+    layers: the decoder layers. sources: for each, by parameter, what it is loaded from.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
-    names: tuple[dict[str, Path], ...]
+    sources: tuple[dict[str, Sources], ...]
     load_config: Any
 
     @property
@@ -59,10 +52,11 @@ class Streamed:
         """In here the layer has its weights. Raises StageError if the checkpoint does not have them all."""
         layer = self.layers[index]
         try:
-            _load(self.model, self.names[index], self.load_config)
+            for name, sources in self.sources[index].items():
+                load_parameter(self.model, name, sources, self.load_config)
+            give_back()
             if missing := [name for name, tensor in layer.state_dict().items() if tensor.is_meta]:
                 raise StageError(f"The checkpoint has no {', '.join(missing[:3])} of layer {index}.")
-            give_back()
             yield layer
         finally:
             _empty(layer)
@@ -87,9 +81,9 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     def load_the_rest(empty: PreTrainedModel, state: Any, files: list[str], load_config: Any) -> tuple[Any, None]:
         """In place of transformers' own loading, with the same preparations: all but the layers."""
         path, layers = _decoder_layers(empty)
-        names, rest = _sorted_by_layer(empty, path, len(layers), files, load_config)
-        found.update(layers=layers, names=tuple(names), load_config=load_config)
-        info = _load(empty, rest, load_config)
+        sources, rest = by_layer(empty, path, len(layers), files, load_config)
+        found.update(layers=layers, sources=tuple(sources), load_config=load_config)
+        info = load(empty, rest, load_config)
         info.missing_keys = {name for name in info.missing_keys if not name.startswith(f"{path}.")}
         for parameter in layers.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing else is to fill it
@@ -111,43 +105,10 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of the decoder's layers and its name in the model."""
     lists = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(decoder(model), "layers", None)
     if not isinstance(layers, nn.ModuleList) or id(layers) not in lists:
         raise UserError(f"{type(model).__name__} has no list of decoder layers that is known as one.")
     return lists[id(layers)], layers
-
-
-def _sorted_by_layer(
-    model: PreTrainedModel, path: str, count: int, files: Sequence[str], load_config: Any
-) -> tuple[list[dict[str, Path]], dict[str, Path]]:
-    """The checkpoint's tensors, with their files: of each layer, and the rest. What a tensor is loaded into decides."""
-    layers: list[dict[str, Path]] = [{} for _ in range(count)]
-    rest: dict[str, Path] = {}
-    renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    for file in map(Path, files):
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-        for name in names:
-            target = rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
-            inside = re.match(rf"{re.escape(path)}\.(\d+)\.", target if target in known else name)
-            (layers[int(inside[1])] if inside and int(inside[1]) < count else rest)[name] = file
-    return layers, rest
-
-
-def _load(model: PreTrainedModel, names: dict[str, Path], load_config: Any) -> LoadStateDictInfo:
-    """Fill the parameters that these tensors are for. Read, not mapped: what is mapped counts as resident memory."""
-    with ExitStack() as open_files:
-        files = {
-            file: open_files.enter_context(safe_open(file, framework="pt", backend="pread"))
-            for file in set(names.values())
-        }
-        state = {name: files[file].get_slice(name) for name, file in names.items()}
-        info, _ = convert_and_load_state_dict_in_model(model, state, load_config)
-    if info.conversion_errors or info.mismatched_keys:
-        raise StageError(f"The checkpoint cannot be read: {info.conversion_errors or info.mismatched_keys}")
-    return info
 
 
 def _empty(layer: nn.Module) -> None:
@@ -239,7 +200,7 @@ class Passes:
 
     def _forward(self, batch: Batch) -> None:
         ids, mask = (tensor.to(self.streamed.model.device) for tensor in batch)
-        self.streamed.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        trunk(self.streamed.model)(input_ids=ids, attention_mask=mask, use_cache=False)
         raise AssertionError("it waits behind the last layer")
 
     @contextmanager

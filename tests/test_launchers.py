@@ -128,21 +128,18 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(launcher: str, plain: Pa
 
 
 def test_a_cell_whose_workers_die_again_and_again_becomes_a_failed_record(tmp_path: Path) -> None:
+    """Whoever holds it is killed, until none is started any more. How many that takes is not known: a sibling may hold
+    it for a moment before joblib ends it, too.
+    """
     store = tmp_path / "store"
-    killed: set[int] = set()
 
-    def kill_the_next() -> bool:
+    def kill_the_holder() -> None:
         with contextlib.suppress(IndexError, OSError, ValueError):
             holder = json.loads(list((store / "running").glob("*.json"))[0].read_text())
-            if holder["pid"] not in killed:
-                os.kill(holder["pid"], signal.SIGKILL)
-                killed.add(holder["pid"])
-                return True
-        return False
+            os.kill(holder["pid"], signal.SIGKILL)
 
     with started(store, *BY_HF, "method=none", "workers=2") as process:
-        for _ in range(3):
-            wait_for(kill_the_next)
+        wait_for(lambda: kill_the_holder() or process.poll() is not None)
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in errors, errors
     (record,) = records(store).values()
