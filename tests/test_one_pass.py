@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import gather, memory, only_calibrate, stages, stats
+from harness import gather, memory, only_calibrate, room, stages, stats
 from harness.errors import StageError, UserError
 from harness.models import ROOT, Model
 from harness.room import GIB, MaxMemory, need, parked
@@ -107,10 +107,11 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(tmp_path: Path, monkey
     whole = gathered(tmp_path / "whole", EVERYTHING)
     assert whole.provenance["layers"] == "all"
     cell = cell_of(tmp_path / "layers", EVERYTHING)
+    monkeypatch.setattr(room, "KEPT", 0)  # larger than the embedded model
     needed = need(cell.model, "float32", 2 * 64)
-    for room in (needed.one_layer, needed.one_layer + 1.5 * needed.hidden, needed.whole - 1):
-        monkeypatch.setattr(MaxMemory, "ram_left", lambda self, room=room: room)
-        store = Store(tmp_path / f"{room}")
+    for left in (needed.one_layer, needed.one_layer + 1.5 * needed.hidden, needed.whole - 1):
+        monkeypatch.setattr(MaxMemory, "ram_left", lambda self, left=left: left)
+        store = Store(tmp_path / f"{left}")
         layers = gather.statistics(cell, store)
         assert layers.provenance["layers"] == "one at a time" and same(whole, layers)
         assert not list(store.root.glob("unfinished/*")) and not list(store.root.glob("work/*"))
@@ -119,6 +120,7 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(tmp_path: Path, monkey
 
 def test_a_layer_that_does_not_fit_is_refused_with_what_would_do(tmp_path: Path, monkeypatch) -> None:
     cell = cell_of(tmp_path)
+    monkeypatch.setattr(room, "KEPT", 0)  # larger than the embedded model
     needed = need(cell.model, "float32", 128)
     monkeypatch.setattr(MaxMemory, "ram_left", lambda self: needed.one_layer - 1)
     with pytest.raises(StageError, match=r"max_memory\.ram=0\.5 does not hold one layer of tiny.* a batch of 128 tok"):

@@ -65,15 +65,21 @@ def _configs() -> dict[str, Callable[..., PreTrainedConfig]]:
 FAMILIES = tuple(family for family in _configs() if family != "ernie4_5_moe")  # served as transformers computes them
 
 
-def write_checkpoint(
-    folder: Path, change: Callable[[torch.nn.Module], None] | None = None, family: str = "qwen3_moe"
-) -> Path:
-    """Write the float32 checkpoint; ``change`` may plant something in its weights first. Every byte is a token."""
+def write_tokenizer(folder: Path) -> dict[str, int]:
+    """One whose tokens are bytes; returns their numbers."""
     vocabulary = {symbol: index for index, symbol in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
+    return vocabulary
+
+
+def write_checkpoint(
+    folder: Path, change: Callable[[torch.nn.Module], None] | None = None, family: str = "qwen3_moe"
+) -> Path:
+    """Write the float32 checkpoint; ``change`` may plant something in its weights first. Every byte is a token."""
+    vocabulary = write_tokenizer(folder)
     torch.manual_seed(0)
     config = _configs()[family](
         vocab_size=320,

@@ -1,0 +1,296 @@
+"""Which architectures go the whole way, from a checkpoint to the pruned one that an engine serves: found by trying.
+
+python -m tests.architectures docs/architectures.md            # writes the table anew; some minutes
+python -m tests.architectures docs/architectures.md mixtral    # only some of its rows
+
+Every architecture is a random model of transformers' own class, a few layers of 8 experts, in float32.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from harness import checkpoint, serve
+from harness.blocks import compress
+from harness.calibrate import calibrate, calibrate_streamed
+from harness.decide import decide
+from harness.errors import StageError, UserError, log_tail_of
+from harness.masked import pruned
+from harness.models import Model, role
+from harness.parking import Parking
+from harness.plan import Plan
+from harness.probe import probe_tokens
+from harness.reference import expected
+from harness.served import Weights
+from harness.stats import Stats
+from harness.store import Store
+from harness.streaming import open_streamed
+from harness.unfinished import Unfinished
+from methods.reap import REAP
+from tests.conftest import vllm
+from tests.tiny_checkpoint import write_tokenizer
+
+EXPERTS, KEPT, VOCABULARY = 8, 4, 320
+# Every size that a config may have; each takes those it knows.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+    "sliding_window": 64, "initializer_range": 0.15, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0,
+    "num_experts": EXPERTS, "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "moe_num_experts": EXPERTS,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_shared_experts": 1,
+    "moe_num_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+FULL = "full_attention"
+LINEAR = {
+    "layer_types": ["linear_attention", FULL, "linear_attention"],
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture. example: a released model of it, by its name on the Hugging Face hub. changes: to its tiny config."""
+
+    example: str
+    changes: Mapping[str, Any]
+
+
+def _family(example: str, **changes: Any) -> Family:
+    return Family(example, changes)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": _family("Qwen/Qwen3-30B-A3B", norm_topk_prob=True),
+    "qwen2_moe": _family("Qwen/Qwen1.5-MoE-A2.7B", decoder_sparse_step=1),
+    "qwen3_next": _family("Qwen/Qwen3-Next-80B-A3B-Instruct", **LINEAR),
+    "qwen3_5_moe_text": _family("Qwen/Qwen3.5-35B-A3B", **LINEAR),
+    "mixtral": _family("mistralai/Mixtral-8x7B-v0.1"),
+    "deepseek_v2": _family("deepseek-ai/DeepSeek-V2-Lite"),
+    "deepseek_v3": _family("deepseek-ai/DeepSeek-V3", n_group=2),
+    "deepseek_v32": _family("deepseek-ai/DeepSeek-V3.2-Exp", n_group=2),
+    "glm4_moe": _family("zai-org/GLM-4.5-Air"),
+    "glm4_moe_lite": _family("zai-org/GLM-4.7-Flash"),
+    "glm_moe_dsa": _family("zai-org/GLM-5"),
+    "gpt_oss": _family("openai/gpt-oss-20b"),
+    "llama4_text": _family(
+        "meta-llama/Llama-4-Scout-17B-16E", num_experts_per_tok=1, interleave_moe_layer_step=1, intermediate_size_mlp=64,
+    ),
+    "minimax": _family("MiniMaxAI/MiniMax-Text-01-hf"),
+    "minimax_m2": _family("MiniMaxAI/MiniMax-M2"),
+    "ernie4_5_moe": _family("baidu/ERNIE-4.5-21B-A3B-PT", moe_layer_start_index=0),
+    "olmoe": _family("allenai/OLMoE-1B-7B-0924", intermediate_size=32),
+    "flex_olmo": _family("allenai/FlexOlmo-7x7B-1T", intermediate_size=32),
+    "granitemoe": _family("ibm-granite/granite-3.1-3b-a800m-base", intermediate_size=32),
+    "granitemoeshared": _family(
+        "ibm-research/moe-7b-1b-active-shared-experts", intermediate_size=32, shared_intermediate_size=32
+    ),
+    "granitemoehybrid": _family(
+        "ibm-granite/granite-4.0-h-tiny", intermediate_size=32, shared_intermediate_size=32,
+        layer_types=["mamba", "attention", "mamba"],
+        mamba_n_heads=4, mamba_d_state=16, mamba_d_head=32,
+    ),
+    "phimoe": _family("microsoft/Phi-3.5-MoE-instruct", intermediate_size=32),
+    "dots1": _family("rednote-hilab/dots.llm1.base"),
+    "hunyuan_v1_moe": _family("tencent/Hunyuan-A13B-Instruct"),
+    "nemotron_h": _family("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
+    "jamba": _family(
+        "ai21labs/Jamba-v0.1", attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
+        expert_layer_period=1, expert_layer_offset=0, use_mamba_kernels=False,
+    ),
+    "afmoe": _family("arcee-ai/Trinity-Mini"),
+    "mimo_v2_flash": _family("XiaomiMiMo/MiMo-V2-Flash", num_attention_heads=4),
+    "exaone_moe": _family("LGAI-EXAONE/K-EXAONE-236B-A23B"),
+    "lfm2_moe": _family("LiquidAI/LFM2-8B-A1B", num_dense_layers=1, layer_types=["conv", FULL, FULL]),
+    "kimi_linear": _family(
+        "moonshotai/Kimi-Linear-48B-A3B-Instruct", linear_head_dim=32, linear_num_heads=2, q_lora_rank=None,
+        layer_types=["linear_attention", FULL, "linear_attention"], mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+    "cohere2_moe": _family("CohereLabs/command-a-plus-05-2026"),
+    "solar_open": _family("upstage/Solar-Open-100B"),
+    "laguna": _family("poolside/laguna-XS.2"),
+    "hy_v3": _family("tencent/Hy3-preview"),
+    "axk1": _family("skt/A.X-K1"),
+    "mellum": _family("JetBrains/Mellum2-12B-A2.5B-Base"),
+}  # fmt: skip
+
+
+def tiny_config(kind: str) -> PreTrainedConfig:
+    """The architecture's config with tiny sizes."""
+    usual = CONFIG_MAPPING[kind]()
+    known = {*vars(usual), *(getattr(usual, "attribute_map", None) or {})}
+    sizes = {name: value for name, value in SIZES.items() if name in known}
+    return CONFIG_MAPPING[kind](**{**sizes, **FAMILIES[kind].changes})
+
+
+def write_model(kind: str, folder: Path) -> Model:
+    """A random one on disk, whose greedy answers vary."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.2)
+    folder.mkdir()
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return Model(kind, str(folder))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Two of [2, 24] random bytes."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(1, 257, (2, 24), generator=generator) for _ in range(2)]
+    return [(one, torch.ones_like(one)) for one in ids]
+
+
+class Trial:
+    """The steps of one architecture, each on what the one before it made."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+        self.model = write_model(kind, folder / "model")
+
+    @property
+    def stored(self) -> str:
+        """How the checkpoint holds experts."""
+        kinds = {role(name, tensor.shape, self.model.experts).kind for name, tensor in self.model.tensors.items()}
+        return "one by one" if "expert" in kinds else "fused"
+
+    def calibrate(self) -> None:
+        """Statistics with the whole model in memory, of every router and all experts."""
+        extras = frozenset({"logit_gram", "coactivation", "all_output_sum"})
+        self.whole = calibrate(self.model.load("auto"), batches(), extras)
+        assert self.whole.layers.keys() == self.model.experts.keys(), "every MoE layer"
+        self.whole.check_finite()
+        assert all(layer["count"].sum() == layer.tokens * self.model.top_k for layer in self.whole.layers.values())
+
+    def stream(self) -> None:
+        """The same layer by layer, to the last bit."""
+        extras = self.whole.names & {"logit_gram", "coactivation", "all_output_sum"}
+        parking = Parking(0, 0, self.folder)
+        unfinished = Unfinished(Store(self.folder / "store"), "x")
+        opened = open_streamed(self.model, "auto")
+        found = calibrate_streamed(opened, batches(), extras, "actual", parking, unfinished)
+        assert same(self.whole, found)
+
+    def plan(self) -> None:
+        """Half of the experts pruned by REAP."""
+        keep = dict.fromkeys(self.model.experts, KEPT)
+        self.plan_ = Plan(decide(REAP(), self.whole, keep))
+        self.plan_.validate(self.model.experts, self.model.top_k)
+
+    def export(self) -> None:
+        """Written, and checked as every export is."""
+        out = self.folder / "pruned"
+        out.mkdir()
+        checkpoint.export(self.model, self.plan_, out)
+        checkpoint.verify(out, self.model)
+        self.pruned = Model("pruned", str(out))
+
+    def reload(self) -> None:
+        """transformers reads it, and its logits are those of the plan in memory and of the masked original."""
+        reloaded = self.logits(self.pruned.load("auto"))
+        original = self.model.load("auto")
+        if self.kind != "llama4_text":  # its experts are masked by no one
+            rows = {layer: plan.kept_rows for layer, plan in self.plan_.layers.items()}
+            with pruned(original, rows):
+                torch.testing.assert_close(reloaded, self.logits(original), rtol=1e-4, atol=1e-4)
+        compress(original, self.plan_.layers)
+        assert torch.equal(reloaded, self.logits(original))
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> Tensor:
+        return model(input_ids=batches()[0][0], use_cache=False).logits
+
+    def serve(self) -> str:
+        """What vLLM's CPU build makes of the exported checkpoint."""
+        known = expected(self.pruned.load("auto"), Plan({}), probe_tokens(str(self.pruned.folder)))
+        try:
+            weights = Weights(self.pruned.folder, expected=known)
+            engine = vllm(dtype="float32", max_model_len=256, how="checkpoint")
+            with engine.serve(weights, "tiny", self.folder / "log"):
+                return "equal"
+        except (StageError, UserError) as error:
+            apart = re.search(r"log-probabilities of a known text are ([\d.]+) nats", str(error))
+            return f"differs by {apart[1]} nats" if apart else f"no: {reason(error)}"
+        finally:
+            serve.release()
+
+
+STEPS = ("calibrate", "stream", "plan", "export", "reload")
+
+
+def same(one: Stats, other: Stats) -> bool:
+    """Equal to the last bit."""
+    return one.layers.keys() == other.layers.keys() and all(
+        value.tobytes() == other.layers[index][name].tobytes()
+        for index, layer in one.layers.items()
+        for name, value in layer.sums.items()
+    )
+
+
+def reason(error: Exception) -> str:
+    """The last words of an engine's log that say what went wrong, or the error's own."""
+    text = f"{log_tail_of(error) or ''}\n{error}"
+    found = re.findall(r"((?:\w+Error|Exception): [^\n]{4,})", text)
+    return re.sub(r"\s+", " ", found[-1] if found else str(error))[:120].replace("|", "/")
+
+
+def row(kind: str, with_engine: bool) -> dict[str, str]:
+    """The table's row. A step that fails ends it."""
+    found = {"architecture": kind, "a model of it": FAMILIES[kind].example}
+    with tempfile.TemporaryDirectory(prefix="arch-", dir="/tmp") as folder:
+        trial = Trial(kind, Path(folder))
+        found["experts in files"] = trial.stored
+        for step in STEPS:
+            getattr(trial, step)()
+            found[step] = "yes"
+        if with_engine:
+            found["vLLM CPU"] = trial.serve()
+    return found
+
+
+MARK, END = "<!-- table: python -m tests.architectures docs/architectures.md -->", "<!-- end of table -->"
+
+
+def table(text: str) -> dict[str, dict[str, str]]:
+    """The rows of the table in a document, by architecture."""
+    lines = text.partition(MARK)[2].partition(END)[0].strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {cell[0]: dict(zip(cells[0], cell, strict=True)) for cell in cells[2:]}
+
+
+def write_table(file: Path, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Put these rows into the document, in the order of `FAMILIES`."""
+    head, _, rest = file.read_text().partition(MARK)
+    frame = pd.DataFrame([rows[kind] for kind in FAMILIES if kind in rows])
+    made = frame.to_markdown(index=False, disable_numparse=True)
+    file.write_text(f"{head}{MARK}\n{made}\n{END}{rest.partition(END)[2]}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    file, kinds = Path(arguments[0]), arguments[1:] or [*FAMILIES]
+    rows = table(file.read_text())
+    for kind in kinds:
+        rows[kind] = row(kind, with_engine=True)
+        print(" | ".join(rows[kind].values()), flush=True)
+        write_table(file, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
