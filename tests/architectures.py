@@ -64,7 +64,7 @@ LINEAR = {
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture. example: a released model of it, by its name on the Hugging Face hub. changes: to its tiny config."""
+    """An architecture. example: a released model of it, as the hub calls it. changes: to its tiny config."""
 
     example: str
     changes: Mapping[str, Any]
@@ -88,7 +88,8 @@ FAMILIES: dict[str, Family] = {
     "glm_moe_dsa": _family("zai-org/GLM-5"),
     "gpt_oss": _family("openai/gpt-oss-20b"),
     "llama4_text": _family(
-        "meta-llama/Llama-4-Scout-17B-16E", num_experts_per_tok=1, interleave_moe_layer_step=1, intermediate_size_mlp=64,
+        "meta-llama/Llama-4-Scout-17B-16E", num_experts_per_tok=1, interleave_moe_layer_step=1,
+        intermediate_size_mlp=64,
     ),
     "minimax": _family("MiniMaxAI/MiniMax-Text-01-hf"),
     "minimax_m2": _family("MiniMaxAI/MiniMax-M2"),
