@@ -17,7 +17,7 @@ from harness.errors import StageError, UserError
 from harness.tensors import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +26,9 @@ EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")  # hidden units of an expert: the first that is there
+
+DEQUANTISED = ("fp8", "mxfp4")  # quantisations that transformers undoes when it loads a model
+SCALES = ("_scale_inv", "_scales", ".weight_scale")  # endings of tensors that go into others then
 
 _LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
 _EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
@@ -294,11 +297,47 @@ class Model:
         inventory.check_known(self.folder, found)
         return hashlib.sha256("\n".join(f"{name} {one.sha256}" for name, one in found.items()).encode()).hexdigest()
 
+    @property
+    def quantisation(self) -> str | None:
+        """How the weights are quantised, by transformers' name of it; None if they are not."""
+        found = self.config.get("quantization_config")
+        return str(found.get("quant_method")) if isinstance(found, dict) else None
+
+    def config_to_compute(self) -> PreTrainedConfig:
+        """The config to load the model with: in plain floating point, also where the checkpoint is quantised.
+
+        Raises UserError for a quantisation that cannot be undone here.
+        """
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=self.runs_code)
+        if self.quantisation is None:
+            return config
+        if self.quantisation not in DEQUANTISED:
+            raise UserError(
+                f"model {self.name!r} is quantised ({self.quantisation}), and only {' and '.join(DEQUANTISED)} can be "
+                "computed with here. It can be pruned as it is by a plan that was made of the model in 16 bits: "
+                "./bench export plan=<file>."
+            )
+        config.quantization_config["dequantize"] = True
+        return config
+
+    def loaded_bytes(self, name: str, dtype: str) -> float:
+        """Of a tensor of the checkpoint, when the model is in memory in this type."""
+        tensor = self.tensors[name]
+        number = 4 if dtype == "float32" else 2
+        if self.quantisation in DEQUANTISED:
+            if name.endswith(SCALES):
+                return 0.0
+            packed = 2 if self.quantisation == "mxfp4" and name.endswith("_blocks") else 1  # numbers in a byte
+            return float(tensor.elements * packed * number)
+        return float(tensor.elements * 4 if dtype == "float32" else tensor.nbytes)
+
     def check_memory(self, dtype: str) -> None:
         """Raise StageError if the whole model does not fit into the memory that is free."""
         from harness.memory import free
 
-        needed, there = self.nbytes * self.widened(dtype), free()
+        needed, there = sum(self.loaded_bytes(name, dtype) for name in self.tensors), free()
         if needed > there:
             raise StageError(
                 f"The whole of {self.name} would have to be in memory, {needed / 2**30:.1f} GiB in {dtype}, and "
@@ -321,6 +360,7 @@ class Model:
         device_map = "auto" if torch.cuda.is_available() else None
         model = AutoModelForCausalLM.from_pretrained(
             self.folder,
+            config=self.config_to_compute(),
             dtype=dtype,
             device_map=device_map,
             local_files_only=True,

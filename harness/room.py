@@ -74,15 +74,14 @@ class Need:
 
 def need(model: Model, dtype: str, tokens: int) -> Need:
     """Of a pass with so many tokens in a batch."""
-    wide = model.widened(dtype)
     layers: dict[int, float] = {}
-    for name, tensor in model.tensors.items():
+    for name in model.tensors:
         index = layer_index(name)
-        layers[index] = layers.get(index, 0.0) + tensor.nbytes * wide
+        layers[index] = layers.get(index, 0.0) + model.loaded_bytes(name, dtype)
     rest = layers.pop(-1, 0.0)
     channels = model.config["hidden_size"]
     width = model.config[width_field(model.config) or "hidden_size"]
-    number = 4 if dtype == "float32" else model.bytes_of_a_number
+    number = 4 if dtype == "float32" else max(2, model.bytes_of_a_number)
     # Of each token and each of its experts: the input, gate and up, their product, the output, and the output weighted.
     routed = tokens * max(1, model.top_k) * (4 * channels + 4 * width) * number
     return Need(

@@ -1,0 +1,75 @@
+"""Tiny checkpoints quantised as released ones are, from a random checkpoint in full precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+BLOCK = 32  # rows and columns that share a scale; 128 in released checkpoints
+FP8_MAX = 448.0
+# The sixteen values of MXFP4 (E2M1), by their code.
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def to_fp8(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in E4M3, with a float32 scale per block, as DeepSeek-V3 and Qwen3-FP8 ship."""
+    tensors = load_file(source / "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight") and tensor.dim() == 2:
+            found[name], found[f"{name}_scale_inv"] = _fp8(tensor)
+        else:
+            found[name] = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+    quantisation = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    return _write(source, target, found, quantisation)
+
+
+def to_mxfp4(source: Path, target: Path) -> Path:
+    """A gpt-oss' experts in blocks of 32 numbers of 4 bits with an 8-bit exponent: [E, rows, blocks, 16]."""
+    tensors = load_file(source / "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found[f"{name}_blocks"], found[f"{name}_scales"] = _mxfp4(tensor.transpose(1, 2))
+        else:
+            found[name] = tensor.bfloat16()
+    ignored = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return _write(source, target, found, {"quant_method": "mxfp4", "modules_to_not_convert": ignored})
+
+
+def _fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    blocks = weight.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(1e-12) / FP8_MAX
+    return (blocks / scale).view(rows, columns).to(torch.float8_e4m3fn), scale[:, 0, :, 0].float()
+
+
+def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    experts, rows, columns = weight.shape
+    blocks = weight.reshape(experts, rows, columns // 32, 32).float()
+    exponent = (blocks.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 6).log2().ceil()
+    codes = ((blocks / 2**exponent).unsqueeze(-1) - FP4).abs().argmin(dim=-1).to(torch.uint8)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return packed, (exponent.squeeze(-1) + 127).to(torch.uint8)
+
+
+def _write(source: Path, target: Path, tensors: dict[str, Tensor], quantisation: dict[str, object]) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target / file.name)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    config |= {"quantization_config": quantisation, "dtype": "bfloat16"}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
