@@ -81,10 +81,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe_text": _family("Qwen/Qwen3.5-35B-A3B", **LINEAR),
     "mixtral": _family("mistralai/Mixtral-8x7B-v0.1"),
     "deepseek_v2": _family("deepseek-ai/DeepSeek-V2-Lite"),
-    "deepseek_v3": _family("deepseek-ai/DeepSeek-V3", n_group=2),
-    "deepseek_v32": _family("deepseek-ai/DeepSeek-V3.2-Exp", n_group=2),
-    "glm4_moe": _family("zai-org/GLM-4.5-Air"),
-    "glm4_moe_lite": _family("zai-org/GLM-4.7-Flash"),
+    "deepseek_v3": _family("deepseek-ai/DeepSeek-V3", n_group=2, topk_method="noaux_tc"),
+    "deepseek_v32": _family("deepseek-ai/DeepSeek-V3.2-Exp", n_group=2, topk_method="noaux_tc"),
+    "glm4_moe": _family("zai-org/GLM-4.5-Air", head_dim=32),
+    "glm4_moe_lite": _family("zai-org/GLM-4.7-Flash", first_k_dense_replace=1, topk_method="noaux_tc"),
     "glm_moe_dsa": _family("zai-org/GLM-5"),
     "gpt_oss": _family("openai/gpt-oss-20b"),
     "llama4_text": _family(
@@ -221,16 +221,19 @@ class Trial:
     def serve(self) -> str:
         """What vLLM's CPU build makes of the exported checkpoint."""
         known = expected(self.pruned.load("auto"), Plan({}), probe_tokens(str(self.pruned.folder)))
-        try:
-            weights = Weights(self.pruned.folder, expected=known)
-            engine = vllm(dtype="float32", max_model_len=256, how="checkpoint")
-            with engine.serve(weights, "tiny", self.folder / "log"):
-                return "equal"
-        except (StageError, UserError) as error:
-            apart = re.search(r"log-probabilities of a known text are ([\d.]+) nats", str(error))
-            return f"differs by {apart[1]} nats" if apart else f"no: {reason(error)}"
-        finally:
-            serve.release()
+        weights = Weights(self.pruned.folder, expected=known)
+        found = ""
+        for dtype, name in (("float32", "equal"), ("bfloat16", "equal in 16 bits")):
+            try:
+                engine = vllm(dtype=dtype, max_model_len=256, how="checkpoint")
+                with engine.serve(weights, "tiny", self.folder / "log"):
+                    return name
+            except (StageError, UserError) as error:
+                apart = re.search(r"log-probabilities of a known text are ([\d.]+) nats", str(error))
+                found = f"differs by {apart[1]} nats" if apart else f"no: {reason(error)}"
+            finally:
+                serve.release()
+        return found
 
 
 STEPS = ("calibrate", "stream", "plan", "export", "reload")
@@ -248,8 +251,8 @@ def same(one: Stats, other: Stats) -> bool:
 def reason(error: Exception) -> str:
     """The last words of an engine's log that say what went wrong, or the error's own."""
     text = f"{log_tail_of(error) or ''}\n{error}"
-    found = re.findall(r"((?:\w+Error|Exception): [^\n]{4,})", text)
-    return re.sub(r"\s+", " ", found[-1] if found else str(error))[:120].replace("|", "/")
+    found = [words for words in re.findall(r"((?:\w+Error|Exception): [^\n]{4,})", text) if "Engine core" not in words]
+    return re.sub(r"\s+", " ", found[-1] if found else str(error)).partition(". So ")[0][:100].replace("|", "/")
 
 
 def row(kind: str, with_engine: bool) -> dict[str, str]:

@@ -15,9 +15,9 @@ import time
 
 import numpy as np
 import torch
-from datasets import Dataset  # type: ignore[import-untyped]
-from llmcompressor import oneshot  # type: ignore[import-not-found]
-from llmcompressor.modifiers.pruning import REAPPruningModifier  # type: ignore[import-not-found]
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import REAPPruningModifier
 from transformers import AutoModelForCausalLM
 
 
