@@ -109,8 +109,6 @@ def _download(model: Model, outline: Model) -> str:
 def _refused_outline(cell: Cell) -> Iterator[str]:
     """What is known to be refused before the files are here."""
     model, outline = cell.model, cell.model.outline or {}
-    if outline.get("num_nextn_predict_layers"):
-        yield "its files hold a multi-token-prediction head, which is not supported yet"
     if not cell.compresses:
         return
     if isinstance(model, Outlined) and not model.is_observable and (cell.calibrates or cell.measures_errors):

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from harness import inventory, tensors
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, layer_index, role, width_field
+from harness.models import EXPERT_COUNT, EXTRA_HEADS, Model, layer_index, role, width_field
 from harness.plan import Plan
 from harness.rewrite import MERGEABLE, UNITS_FIRST, UNITS_LAST, Layout, Rewrite, is_bias
+from harness.store import say
 from harness.tensors import Tensor
 
 
@@ -79,7 +80,8 @@ def check_stock(model: Model, plan: Plan) -> None:
 def export(model: Model, plan: Plan, folder: Path) -> None:
     """Write the compressed model into the empty folder: tensors, patched config, tokenizer and whatever else lay there.
 
-    One output file per input file, in the memory of one tensor plus one layer's merged experts.
+    One output file per input file, in the memory of one tensor plus one layer's merged experts. Multi-token-prediction
+    heads are left out, and that is said: nothing tells which of their experts matter.
     """
     plan.validate(model.experts, model.top_k)
     if any(layer.align for layer in plan.layers.values()):
@@ -93,7 +95,9 @@ def export(model: Model, plan: Plan, folder: Path) -> None:
             tensors.write(folder / file.name, [job.entry for job in jobs], rewrite.contents(jobs))
         names |= {job.entry.name: file.name for job in jobs}
     copy_rest(model.folder, folder)
-    _patch_config(folder / "config.json", set(model.experts.values()), count)
+    if model.extra_heads:
+        say("export", model.name, f"without the multi-token-prediction heads ({len(model.extra_heads)} tensors)")
+    _patch_config(folder / "config.json", set(model.experts.values()), count, bool(model.extra_heads))
     if (model.folder / tensors.INDEX).exists():
         total = sum(tensor.nbytes for tensor in tensors_of(folder))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
@@ -124,8 +128,10 @@ def copy_rest(source: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
 
 
-def _patch_config(file: Path, old: set[int], new: int) -> None:
-    """Change the expert count in the text of config.json, under whichever names it stands, and nothing else."""
+def _patch_config(file: Path, old: set[int], new: int, headless: bool) -> None:
+    """Change the expert count in the text of config.json, under whichever names it stands, and nothing else; where
+    multi-token-prediction heads were left out, their number too.
+    """
     pattern = re.compile(r'("(?:' + "|".join(EXPERT_COUNT) + r')"\s*:\s*)(\d+)')
 
     def replace(match: re.Match[str]) -> str:
@@ -133,6 +139,8 @@ def _patch_config(file: Path, old: set[int], new: int) -> None:
 
     text = file.read_text()
     patched = pattern.sub(replace, text)
+    if headless:
+        patched = re.sub(r'("(?:' + "|".join(EXTRA_HEADS) + r')"\s*:\s*)\d+', r"\g<1>0", patched)
     if patched != text:
         file.write_text(patched)
 

@@ -7,7 +7,7 @@ as most do, are put straight into their places in the tensor that holds them all
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +60,12 @@ class Sources:
 
 
 def by_layer(
-    model: PreTrainedModel, layers: str, count: int, files: Sequence[str], load_config: Any
+    model: PreTrainedModel, layers: str, count: int, files: Sequence[str], load_config: Any, without: Collection[str]
 ) -> tuple[list[dict[str, Sources]], dict[str, Path]]:
     """The checkpoint's tensors: of each of ``count`` layers by parameter, and the others with their files.
 
-    layers: name of the list of layers in the model. What a tensor is loaded into decides where it belongs.
+    What a tensor is loaded into decides where it belongs. layers: name of the list of layers in the model. without:
+    tensors that are not looked at.
     """
     found: list[dict[str, Sources]] = [{} for _ in range(count)]
     rest: dict[str, Path] = {}
@@ -73,7 +74,7 @@ def by_layer(
     known = model.state_dict()
     for file in map(Path, files):
         with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
+            names = [name for name in opened.keys() if name not in without]  # noqa: SIM118 - not a mapping
         for name in names:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             inside = re.match(rf"{re.escape(layers)}\.(\d+)\.", target if target in known else name)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
+EXTRA_HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")  # how many, in config.json
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")  # hidden units of an expert: the first that is there
 
 DEQUANTISED = ("fp8", "mxfp4")  # quantisations that transformers undoes when it loads a model
@@ -73,6 +74,11 @@ def role(name: str, shape: Sequence[int], experts: Mapping[int, int]) -> Role:
     if _ROUTER.search(rest):
         return Role("router", layer, part=rest)
     return Role("other")
+
+
+def _list_of(match: re.Match[str]) -> str:
+    """The list that a layer is in: what stands before its number."""
+    return match["block"].removesuffix(f"{match['layer']}.")
 
 
 def width_field(config: Mapping[str, Any]) -> str | None:
@@ -195,7 +201,27 @@ class Model:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
+        """Of the model that answers: without those of `extra_heads`."""
+        return {name: tensor for name, tensor in self._inventory.items() if name not in self.extra_heads}
+
+    @cached_property
+    def _inventory(self) -> dict[str, Tensor]:
         return tensors.inventory(self.folder)
+
+    @cached_property
+    def extra_heads(self) -> frozenset[str]:
+        """Tensors of multi-token-prediction heads, which guess tokens after the next one: parts called ``mtp``, and
+        layers with numbers beyond those of the decoder. No statistic sees them, as no forward pass runs them.
+        """
+        layers = self.config.get("num_hidden_layers")
+        matches = {name: match for name in self._inventory if (match := _LAYER.match(name))}
+        decoders = {_list_of(match) for match in matches.values() if "experts." in match["rest"]}
+        beyond = {
+            name
+            for name, match in matches.items()
+            if isinstance(layers, int) and int(match["layer"]) >= layers and _list_of(match) in decoders
+        }
+        return frozenset(beyond | {name for name in self._inventory if "mtp" in name.split(".")})
 
     @cached_property
     def experts(self) -> dict[int, int]:
@@ -205,12 +231,6 @@ class Model:
         experts = experts_on_disk(self.tensors, self.expert_count)
         if not experts:
             raise UserError(f"model {self.name!r}: {self.folder} holds no experts, though config.json promises some.")
-        layers = self.config.get("num_hidden_layers", max(experts) + 1)
-        if max(experts) >= layers:
-            raise UserError(
-                f"model {self.name!r} has experts in layer {max(experts)} beyond its {layers} decoder layers "
-                "(a multi-token-prediction head), which are not supported yet. Remove those tensors first."
-            )
         return experts
 
     @property
@@ -401,13 +421,15 @@ class Outlined(Model):
 
     @property
     def is_observable(self) -> bool:
-        """Whether its experts go through transformers' experts interface, where calibration observes them."""
+        """Whether its experts go through transformers' experts interface, where calibration observes them, or are led
+        through it (`harness.llama4`).
+        """
         from transformers import AutoModelForCausalLM, PreTrainedModel
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         kind: Any = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[self.config["model_type"]]]
-        has_seam = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-        return has_seam and kind._can_set_experts_implementation()
+        is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+        return is_known and (kind._can_set_experts_implementation() or kind.__name__.startswith("Llama4"))
 
 
 def _sized(shape: tuple[int, ...], bytes_per_parameter: float) -> Tensor:

@@ -81,7 +81,7 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     def load_the_rest(empty: PreTrainedModel, state: Any, files: list[str], load_config: Any) -> tuple[Any, None]:
         """In place of transformers' own loading, with the same preparations: all but the layers."""
         path, layers = _decoder_layers(empty)
-        sources, rest = by_layer(empty, path, len(layers), files, load_config)
+        sources, rest = by_layer(empty, path, len(layers), files, load_config, model.extra_heads)
         found.update(layers=layers, sources=tuple(sources), load_config=load_config)
         info = load(empty, rest, load_config)
         info.missing_keys = {name for name in info.missing_keys if not name.startswith(f"{path}.")}

@@ -83,7 +83,7 @@ def test_bytes_are_those_of_the_published_form() -> None:
 
 
 def test_which_architectures_can_be_calibrated() -> None:
-    assert {name for name in PUBLISHED if not outlined(name).is_observable} == {"llama_4_scout"}
+    assert all(outlined(name).is_observable for name in PUBLISHED)
 
 
 def test_the_cache_of_a_token() -> None:
@@ -230,8 +230,6 @@ def test_absent_models_are_lines_of_the_bill(tmp_path: Path, monkeypatch, capsys
     out = printed([*asked, "calibration=evol_codealpaca", f"store={tmp_path}/s"], monkeypatch, capsys)
     for words in (
         "Qwen/Qwen3-30B-A3B is not on this machine nor whole in the hub's cache; a download of about 61.1 GB",
-        "glm_4_5_air: its files hold a multi-token-prediction head",
-        "llama_4_scout: its experts do not go through transformers' experts interface",
         "evol-codealpaca-v1/train.jsonl not on this machine",
         "smol_dense",
     ):
