@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import itertools
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.documents import Document, documents_of
 from harness.errors import UserError
 from harness.models import ROOT, Model
 from harness.store import key
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 HUB = "hub:"  # such files lie in a data set's repository on the Hugging Face hub
 TEXT = ("text",)
-
-Document = str | list[dict[str, Any]]  # plain text, or the messages of a chat
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class Calibration:
     sequences x length: tokens are packed into this many sequences of this length.
     seed: which documents are drawn, without replacement. dtype: in which the model runs the pass. held_out: sequences
     of further documents that no statistic sees, for the reconstruction error of plans; 0 leaves that out.
+    weights: how many documents of each file are drawn in turn, until all are; None: all files are one pile.
+    tools: a JSON file of the tools that chats could call, for chats whose rows do not say.
     all_expert_tokens: where a method asks what every expert makes of a token, routed to it or not, only the first so
     many tokens are asked. shards: parts of the sequences that are gathered on their own, by as many processes as come.
     """
@@ -55,15 +55,34 @@ class Calibration:
     columns: tuple[str, ...] = TEXT
     all_expert_tokens: int = 65_536
     shards: int = 1
+    weights: tuple[int, ...] | None = None
+    tools: str | None = None
 
     def check(self) -> None:
         """Raise UserError, before any work, if a file is missing or a number is not usable."""
+        self._check_numbers()
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
+        if unread := [column for column in self.columns if column.count("+") > 1 or not all(column.split("+"))]:
+            raise UserError(f"calibration.columns={unread}: name a column, or two as prompt+response.")
+        if not self.columns:
+            raise UserError(f"calibration {self.name!r}: calibration.columns=[] names no column to read.")
+        if not self.paths:
+            raise UserError(f"calibration {self.name!r} names no files. Give at least one .jsonl or .txt file.")
+        self._tools  # noqa: B018 - read, so that what cannot be is said
+
+    def _check_numbers(self) -> None:
         if self.held_out < 0:
             raise UserError(f"calibration.held_out={self.held_out}: sequences held out are 0 or more.")
         if self.sequences < 1 or self.length < 2 or self.batch_size < 1:
             raise UserError(
                 f"calibration {self.name!r} asks for {self.sequences} sequences of {self.length} tokens in batches of "
                 f"{self.batch_size}: there must be at least 1 sequence, 2 tokens and 1 per batch."
+            )
+        if self.weights is not None and (len(self.weights) != len(self.files) or min(self.weights) < 1):
+            raise UserError(
+                f"calibration.weights={list(self.weights)}: give one number of at least 1 for each of the "
+                f"{len(self.files)} files."
             )
         if self.all_expert_tokens < 1:
             raise UserError(f"calibration.all_expert_tokens={self.all_expert_tokens}: there must be at least 1.")
@@ -73,14 +92,6 @@ class Calibration:
                 f"calibration.shards={self.shards}: {self.sequences} sequences in batches of {self.batch_size} make 1 "
                 f"to {batches} shards."
             )
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"calibration dtype {self.dtype!r} is not one of auto, float32, bfloat16.")
-        if unread := [column for column in self.columns if column.count("+") > 1 or not all(column.split("+"))]:
-            raise UserError(f"calibration.columns={unread}: name a column, or two as prompt+response.")
-        if not self.columns:
-            raise UserError(f"calibration {self.name!r}: calibration.columns=[] names no column to read.")
-        if not self.paths:
-            raise UserError(f"calibration {self.name!r} names no files. Give at least one .jsonl or .txt file.")
 
     @property
     def tokens_in_all(self) -> int:
@@ -90,6 +101,18 @@ class Calibration:
     @cached_property
     def paths(self) -> list[Path]:
         return [_find(file, self.name) for file in self.files]
+
+    @cached_property
+    def _tools(self) -> list[Any] | None:
+        if self.tools is None:
+            return None
+        try:
+            found = json.loads(_find(self.tools, self.name).read_text())
+            if not isinstance(found, list):
+                raise ValueError("it is no list")
+        except (OSError, ValueError) as error:
+            raise UserError(f"calibration.tools={self.tools} cannot be read as JSON: {error}.") from error
+        return found
 
     @property
     def absent(self) -> list[str]:
@@ -104,6 +127,8 @@ class Calibration:
             "length": self.length,
             "seed": self.seed,
             **({} if self.columns == TEXT else {"columns": self.columns}),
+            **({} if self.weights is None else {"weights": self.weights}),
+            **({} if self._tools is None else {"tools": self._tools}),
         }
 
     def tokens_name(self, model: Model) -> str:
@@ -141,19 +166,30 @@ class Calibration:
         if isinstance(document, str):
             return document
         if tokenizer.chat_template is None:
-            return "\n".join(str(message.get("content", "")) for message in document)
+            return "\n".join(str(message.get("content", "")) for message in document.messages)
+        tools = document.tools or self._tools
         try:
-            return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=False))
+            return str(
+                tokenizer.apply_chat_template(
+                    document.messages, tools=tools, tokenize=False, add_generation_prompt=False
+                )
+            )
         except Exception as error:  # a template may refuse a chat, in words of its own
             raise UserError(
                 f"calibration {self.name!r}: the tokenizer's chat template cannot render a chat of the roles "
-                f"{[message.get('role') for message in document]}: {error}"
+                f"{[message.get('role') for message in document.messages]}: {error}"
             ) from error
 
     def _shuffled(self) -> list[Document]:
-        documents = [document for path in self.paths for document in _documents(path, self.columns)]
-        order = np.random.default_rng(self.seed).permutation(len(documents))
-        return [documents[index] for index in order]
+        files = [list(documents_of(path, self.columns)) for path in self.paths]
+        rng = np.random.default_rng(self.seed)
+        if self.weights is None:
+            documents = [document for file in files for document in file]
+            return [documents[index] for index in rng.permutation(len(documents))]
+        drawn = [iter([file[index] for index in rng.permutation(len(file))]) for file in files]
+        rounds = range(max(-(-len(file) // weight) for file, weight in zip(files, self.weights, strict=True)))
+        turns = ((file, weight) for _ in rounds for file, weight in zip(drawn, self.weights, strict=True))
+        return [document for file, weight in turns for document in itertools.islice(file, weight)]
 
 
 def _parts(documents: list[list[int]], first: int, second: int) -> tuple[list[int], list[int]] | None:
@@ -211,72 +247,3 @@ def _in_repository(file: str) -> tuple[str, str]:
     if len(parts) < 3 or not all(parts):
         raise UserError(f"{file} names no file on the hub. Write hub:owner/name/path/in/repository.")
     return "/".join(parts[:2]), parts[2]
-
-
-def _documents(path: Path, columns: tuple[str, ...]) -> Iterator[Document]:
-    try:
-        rows = list(_rows(path, columns))
-    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    for number, row in rows:
-        try:
-            yield row if path.suffix == ".txt" else _document(_parsed(row), columns)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            wanted = " or ".join(columns)
-            raise UserError(f"{path}, line {number}: not a JSON object with a {wanted} field.") from error
-
-
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
-    """The rows of a file, numbered from 1; a line of JSON is left as it stands."""
-    if path.suffix == ".parquet":
-        yield from enumerate(_table(path, columns), 1)
-        return
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
-    if path.suffix == ".txt":
-        yield from ((number, part) for number, part in enumerate(text.split("\n\n"), 1) if part.strip())
-        return
-    is_array = path.name.removesuffix(".gz").endswith(".json") and text.lstrip().startswith("[")
-    rows = json.loads(text) if is_array else text.split("\n")
-    yield from ((number, row) for number, row in enumerate(rows, 1) if not isinstance(row, str) or row.strip())
-
-
-def _parsed(row: Any) -> Any:
-    return json.loads(row) if isinstance(row, str) else row
-
-
-def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, with those of the columns that it has."""
-    from pyarrow import parquet
-
-    wanted = {name for column in columns for name in column.split("+")}
-    with parquet.ParquetFile(path) as file:
-        return file.read([name for name in file.schema_arrow.names if name in wanted]).to_pylist()
-
-
-def _document(row: Any, columns: tuple[str, ...]) -> Document:
-    """What a row holds in the first of the columns that it has. Raises KeyError if it has none, TypeError for what is
-    neither a text nor a chat, ValueError for a text of half characters, which no tokenizer takes.
-    """
-    if not isinstance(row, dict):
-        raise TypeError(type(row))
-    fitting = [names for column in columns if set(names := column.split("+")) <= row.keys()]
-    if not fitting:
-        raise KeyError(columns)
-    values = [row[name] for name in fitting[0]]
-    if len(values) == 1 and isinstance(values[0], list):
-        return [_message(message) for message in values[0]]
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(fitting[0])
-    for value in values:
-        value.encode()
-    if len(values) == 1:
-        return values[0]
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), values, strict=True)]
-
-
-def _message(message: Any) -> dict[str, Any]:
-    """A message of a chat as it stands. Raises TypeError or ValueError if it is none."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise TypeError(type(message))
-    json.dumps(message, ensure_ascii=False).encode()
-    return message

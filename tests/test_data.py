@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from harness.data import Calibration
+from harness.documents import Chat, documents_of
 from harness.errors import UserError
+from harness.models import Model
 from harness.sweep import expand
 
 MODEL = expand(["model=tiny"]).cells[0].model
@@ -35,8 +39,6 @@ def test_held_out_sequences_come_after_and_change_nothing_before(file: Path) -> 
 
 
 def test_no_document_is_on_both_sides(file: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokens = calibration(file, sequences=9, held_out=9).tokens(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL.folder)
     seen, held = (set(tokenizer.decode(part.flatten()).replace("<", " <").split()) for part in (tokens[:9], tokens[9:]))
@@ -52,3 +54,71 @@ def test_too_little_text_for_what_is_held_out_is_refused(file: Path) -> None:
 
 def test_the_identity_of_the_text_does_not_depend_on_what_is_held_out(file: Path) -> None:
     assert calibration(file).identity() == calibration(file, held_out=9).identity()
+
+
+CALL = {"type": "function", "function": {"name": "bash", "arguments": '{"command": "ls"}'}}
+CHAT = [
+    {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+    {"role": "assistant", "content": "look", "tool_calls": [CALL], "thought": None},
+]
+
+
+def test_chats_are_read_as_data_sets_of_agents_hold_them(tmp_path: Path) -> None:
+    """As a list or as JSON text of one; calls with their arguments as an object; the tools of a row with it."""
+    rows = [{"messages": CHAT}, {"messages": json.dumps(CHAT), "tools": json.dumps([{"name": "bash"}])}]
+    rows.append({"messages": "[plain text, no chat]"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = documents_of(tmp_path / "a.jsonl", ("messages",))
+    assert isinstance(first, Chat) and isinstance(second, Chat)
+    assert first.messages == second.messages and third == "[plain text, no chat]"
+    system, assistant = first.messages
+    assert system["content"] == "be brief" and "thought" not in assistant
+    assert assistant["tool_calls"][0]["function"] == {"name": "bash", "arguments": {"command": "ls"}}
+    assert (first.tools, second.tools) == (None, [{"name": "bash"}])
+
+
+def test_tools_reach_the_template(tmp_path: Path) -> None:
+    """Those of the row, else those of the file that the calibration names; they are part of its identity."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL.folder)
+    tokenizer.chat_template = "{% for tool in tools %}{{ tool.name }} {% endfor %}{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = Model("calls", str(tmp_path / "model"))
+    rows = [{"messages": [{"role": "user", "content": "x" * 40}], "tools": [{"name": "own"}]}]
+    rows.append({"messages": [{"role": "user", "content": "y" * 40}]})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    (tmp_path / "tools.json").write_text('[{"name": "shared"}]')
+    made = replace(
+        calibration(tmp_path / "a.jsonl", held_out=0), columns=("messages",), tools=str(tmp_path / "tools.json")
+    )
+    text = tokenizer.decode(made.tokens(model).flatten())
+    assert "own xxx" in text and "shared yyy" in text
+    assert made.identity() != replace(made, tools=None).identity()
+    for content in ("{}", "[broken"):
+        (tmp_path / "tools.json").write_text(content)
+        with pytest.raises(UserError, match="calibration.tools=.* cannot be read as JSON"):
+            replace(made).check()
+
+
+def test_files_are_drawn_from_in_turn_by_their_weights(tmp_path: Path) -> None:
+    """Until all are; within a file in an order of the seed."""
+    for name, count in (("a", 6), ("b", 3)):
+        (tmp_path / name).with_suffix(".txt").write_text("\n\n".join(f"{name}{index}" for index in range(count)))
+    both = replace(calibration(tmp_path / "a.txt"), files=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
+    drawn = replace(both, weights=(1, 2))._shuffled()
+    assert [str(document)[0] for document in drawn] == list("abbabaaaa")
+    assert sorted(map(str, drawn)) == sorted(map(str, both._shuffled()))
+    assert replace(both, weights=(1, 2), seed=4)._shuffled() != drawn
+    assert both.identity() != replace(both, weights=(1, 2)).identity()
+    for weights in ((1,), (1, 0)):
+        with pytest.raises(UserError, match="one number of at least 1 for each of the 2 files"):
+            replace(both, weights=weights).check()
+
+
+@pytest.mark.parametrize("name", ["xlam", "swe_smith", "agentic"])
+def test_presets_of_agents_name_their_columns_and_tools(name: str) -> None:
+    (cell,) = expand([f"calibration={name}"]).cells
+    made = cell.calibration
+    assert made.name == name and (made.tools is not None) == (name != "xlam")
+    assert made.weights is None or len(made.weights) == len(made.files) == len(made.columns)
+    if made.tools:
+        assert [tool["function"]["name"] for tool in made._tools] == ["bash", "str_replace_editor", "submit"]
