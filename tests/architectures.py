@@ -56,9 +56,14 @@ SIZES: dict[str, Any] = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
 }  # fmt: skip
 FULL = "full_attention"
+LATENT = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+}  # the one size of compressed attention that vLLM has kernels for
 LINEAR = {
     "layer_types": ["linear_attention", FULL, "linear_attention"],
-    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
 }  # fmt: skip
 
 
@@ -80,11 +85,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": _family("Qwen/Qwen3-Next-80B-A3B-Instruct", **LINEAR),
     "qwen3_5_moe_text": _family("Qwen/Qwen3.5-35B-A3B", **LINEAR),
     "mixtral": _family("mistralai/Mixtral-8x7B-v0.1"),
-    "deepseek_v2": _family("deepseek-ai/DeepSeek-V2-Lite"),
-    "deepseek_v3": _family("deepseek-ai/DeepSeek-V3", n_group=2, topk_method="noaux_tc"),
+    "deepseek_v2": _family("deepseek-ai/DeepSeek-V2-Lite", **LATENT),
+    "deepseek_v3": _family("deepseek-ai/DeepSeek-V3", n_group=2, topk_method="noaux_tc", **LATENT),
     "deepseek_v32": _family("deepseek-ai/DeepSeek-V3.2-Exp", n_group=2, topk_method="noaux_tc"),
     "glm4_moe": _family("zai-org/GLM-4.5-Air", head_dim=32),
-    "glm4_moe_lite": _family("zai-org/GLM-4.7-Flash", first_k_dense_replace=1, topk_method="noaux_tc"),
+    "glm4_moe_lite": _family(
+        "zai-org/GLM-4.7-Flash", first_k_dense_replace=1, topk_method="noaux_tc", **LATENT
+    ),
     "glm_moe_dsa": _family("zai-org/GLM-5"),
     "gpt_oss": _family("openai/gpt-oss-20b"),
     "llama4_text": _family(
@@ -92,7 +99,7 @@ FAMILIES: dict[str, Family] = {
         intermediate_size_mlp=64,
     ),
     "minimax": _family("MiniMaxAI/MiniMax-Text-01-hf"),
-    "minimax_m2": _family("MiniMaxAI/MiniMax-M2"),
+    "minimax_m2": _family("MiniMaxAI/MiniMax-M2", rotary_dim=32),
     "ernie4_5_moe": _family("baidu/ERNIE-4.5-21B-A3B-PT", moe_layer_start_index=0),
     "olmoe": _family("allenai/OLMoE-1B-7B-0924", intermediate_size=32),
     "flex_olmo": _family("allenai/FlexOlmo-7x7B-1T", intermediate_size=32),
@@ -113,8 +120,8 @@ FAMILIES: dict[str, Family] = {
         "ai21labs/Jamba-v0.1", attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
         expert_layer_period=1, expert_layer_offset=0, use_mamba_kernels=False,
     ),
-    "afmoe": _family("arcee-ai/Trinity-Mini"),
-    "mimo_v2_flash": _family("XiaomiMiMo/MiMo-V2-Flash", num_attention_heads=4),
+    "afmoe": _family("arcee-ai/Trinity-Mini", score_func="sigmoid"),
+    "mimo_v2_flash": _family("XiaomiMiMo/MiMo-V2-Flash", num_attention_heads=4, hybrid_layer_pattern=[0, 1, 1]),
     "exaone_moe": _family("LGAI-EXAONE/K-EXAONE-236B-A23B"),
     "lfm2_moe": _family("LiquidAI/LFM2-8B-A1B", num_dense_layers=1, layer_types=["conv", FULL, FULL]),
     "kimi_linear": _family(
@@ -124,8 +131,8 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": _family("CohereLabs/command-a-plus-05-2026"),
     "solar_open": _family("upstage/Solar-Open-100B"),
     "laguna": _family("poolside/laguna-XS.2"),
-    "hy_v3": _family("tencent/Hy3-preview"),
-    "axk1": _family("skt/A.X-K1"),
+    "hy_v3": _family("tencent/Hy3-preview", first_k_dense_replace=1),
+    "axk1": _family("skt/A.X-K1", **LATENT),
     "mellum": _family("JetBrains/Mellum2-12B-A2.5B-Base"),
 }  # fmt: skip
 
