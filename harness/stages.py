@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
+from harness.room import parked
 from harness.spec import ERRORS_SCHEMA, Cell, method_identity
 from harness.stats import Stats
 from harness.store import Store, key, say
@@ -110,6 +111,23 @@ def _search(cell: Cell, sequences: int, searches: dict[int, ModelSearch], store:
     return searches[sequences]
 
 
+def _errors(cell: Cell, made: Plan, store: Store) -> dict[int, float]:
+    """Reconstruction errors of a plan, by layer: in memory, or layer by layer where the model does not fit."""
+    from harness.calibrate import packed_batches
+    from harness.parking import Parking
+    from harness.reconstruct import streamed_errors
+    from harness.streaming import open_streamed
+
+    text = cell.calibration
+    room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
+    if room is None:
+        return _reconstruction(cell, store).errors(made.layers)
+    batches = list(packed_batches(gather.held_out_tokens(cell, store), text.batch_size))
+    with store.workspace(f"states-{made.digest[:16]}") as folder:
+        parking = Parking(room.device, room.host, folder)
+        return streamed_errors(open_streamed(cell.model, text.dtype), batches, made.layers, parking)
+
+
 def _reconstruction(cell: Cell, store: Store) -> Reconstruction:
     from harness.calibrate import packed_batches
     from harness.reconstruct import Reconstruction
@@ -195,7 +213,7 @@ def reconstruct(cell: Cell, made: Plan, store: Store) -> None:
         return
     start = time.perf_counter()
     try:
-        errors = _reconstruction(cell, store).errors(made.layers)
+        errors = _errors(cell, made, store)
     except Exception as problem:  # whatever it is, the model can still be scored
         return say("failed", f"reconstruct {cell.slug}", f"{type(problem).__name__}: {problem}")
     seconds = time.perf_counter() - start

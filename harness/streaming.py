@@ -129,7 +129,8 @@ class Passes:
         self.form: int | None = None  # of what layers return: states alone (0), a tuple of so many with nothing else
 
     def layers(self, entering: Callable[[Batch], None], start: int = 0, states: Path | None = None) -> Iterator[int]:
-        """Take all batches through one layer after the other; gives the number of each when they are through it.
+        """Take all batches through one layer after the other; gives the number of each when they are through it and its
+        weights are still there.
 
         entering: called with a batch before it goes on. start: the first layer that is computed; ``states``, which
         `save` wrote, are what comes to it. Raises StageError for a model that does not go through its layers in order,
@@ -149,7 +150,7 @@ class Passes:
                         for number, one in enumerate(passes):
                             entering(self.batches[number])
                             self._through(number, one, index)
-                    yield index
+                        yield index
             finally:
                 for one in passes:
                     if not one.dead:

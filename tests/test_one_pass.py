@@ -128,6 +128,24 @@ def test_a_layer_that_does_not_fit_is_refused_with_what_would_do(tmp_path: Path,
     assert needed.layer < needed.weights / 3 and needed.rest < needed.weights, "sizes of the embedded model's layers"
 
 
+def test_errors_of_a_model_that_does_not_fit_are_those_of_the_whole(tmp_path: Path, monkeypatch) -> None:
+    more = ["calibration.held_out=4", "method=hc_smoe"]
+    found = []
+    monkeypatch.setattr(room, "KEPT", 0)
+    for left in (np.inf, None):
+        cell = cell_of(tmp_path / str(left), *more)
+        store = Store(tmp_path / str(left))
+        made = stages.plan(cell, gather.statistics(cell, store), store)
+        enough = need(cell.model, "float32", 128).one_layer if left is None else left
+        monkeypatch.setattr(MaxMemory, "ram_left", lambda self, enough=enough: enough)
+        with monkeypatch.context() as patched:
+            if left is None:
+                patched.setattr(Model, "load", lambda *_: pytest.fail("the whole model was loaded"))
+            stages.reconstruct(cell, made, store)
+        found.append(store.read_json("errors", cell.errors_name)["layers"])
+    assert found[0] == found[1] and min(found[0].values()) > 0
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "much", "true", ".nan", "[1]"])
 def test_memory_is_a_number_of_gib(value: str) -> None:
     with pytest.raises(UserError, match="max_memory.ram"):
