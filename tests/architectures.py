@@ -121,7 +121,9 @@ FAMILIES: dict[str, Family] = {
         expert_layer_period=1, expert_layer_offset=0, use_mamba_kernels=False,
     ),
     "afmoe": _family("arcee-ai/Trinity-Mini", score_func="sigmoid", route_norm=True),
-    "mimo_v2_flash": _family("XiaomiMiMo/MiMo-V2-Flash", num_attention_heads=4, hybrid_layer_pattern=[0, 1, 1], layernorm_epsilon=1e-6),
+    "mimo_v2_flash": _family(
+        "XiaomiMiMo/MiMo-V2-Flash", num_attention_heads=4, hybrid_layer_pattern=[0, 1, 1], layernorm_epsilon=1e-6
+    ),
     "exaone_moe": _family("LGAI-EXAONE/K-EXAONE-236B-A23B"),
     "lfm2_moe": _family("LiquidAI/LFM2-8B-A1B", num_dense_layers=1, layer_types=["conv", FULL, FULL]),
     "kimi_linear": _family(

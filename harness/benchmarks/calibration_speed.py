@@ -2,10 +2,12 @@
 
 python -m harness.benchmarks.calibration_speed --tokens 16384
 python -m harness.benchmarks.calibration_speed --layers 8 --hidden 2048 --experts 128 --width 768 --tokens 262144
+python -m harness.benchmarks.calibration_speed --llmcompressor <python of an environment with the package llmcompressor>
 
 A random checkpoint is written, then each way is timed in turn, `--rounds` times over, in one process: the median of
 each and its ratio to the plain pass. The baseline that runs every expert on every token gathers REAP's and EAN's sums
-alone, as the observer does that was published with REAP.
+alone, as the observer does that was published with REAP. llm-compressor's REAP modifier both calibrates and prunes;
+it is timed in a process of its own, after the others.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import json
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +35,7 @@ from harness.calibrate import Batch, calibrate, calibrate_streamed, packed_batch
 from harness.memory import forget_peak, peak
 from harness.models import Model
 from harness.parking import Parking
-from harness.seam import experts_run_through, use
+from harness.seam import experts_run_through, trunk, use
 from harness.store import Store
 from harness.streaming import open_streamed
 from harness.unfinished import Unfinished
@@ -49,7 +53,7 @@ def plain(model: Any, batches: list[Batch], implementation: str) -> None:
 @torch.no_grad()
 def forward(model: Any, batches: list[Batch]) -> None:
     for ids, mask in batches:
-        model.base_model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+        trunk(model)(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
 
 
 def every_expert(model: Any, batches: list[Batch]) -> dict[nn.Module, dict[str, Tensor]]:
@@ -117,6 +121,21 @@ def from_disk(source: Model, dtype: str, batches: list[Batch], rounds: int, fold
     return seconds
 
 
+def other(asked: argparse.Namespace, folder: Path, ids: np.ndarray) -> tuple[str, list[float]]:
+    """Name and seconds of llm-compressor's REAP modifier on the same checkpoint and tokens."""
+    tokens = folder / "tokens.npy"
+    np.save(tokens, ids)
+    script = Path(__file__).with_name("llmcompressor_reap.py")
+    command = [asked.llmcompressor, str(script), str(folder), str(tokens), str(asked.batch_size), asked.dtype]
+    runs = []
+    for _ in range(asked.other_rounds):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            raise SystemExit(f"llm-compressor failed:\n{done.stderr[-2000:]}")
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    return f"llm-compressor {runs[0]['llmcompressor']}: REAP, pruning included", [run["seconds"] for run in runs]
+
+
 def measure(size: Size, asked: argparse.Namespace, folder: Path) -> None:
     """Print the table."""
     written = random_checkpoint.write(folder, size)
@@ -128,6 +147,9 @@ def measure(size: Size, asked: argparse.Namespace, folder: Path) -> None:
         torch.cuda.empty_cache()
     forget_peak()
     seconds["calibration, layers read from disk"] = from_disk(source, asked.dtype, batches, asked.rounds, folder)
+    if asked.llmcompressor:
+        name, found = other(asked, folder, ids)
+        seconds[name] = found
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     peaks = ", ".join(f"{what} {nbytes / GB:.2f} GB" for what, nbytes in peak().items())
     print(
@@ -148,6 +170,8 @@ def main() -> None:
     for name, default in {**defaults, "tokens": 16_384, "length": 1024, "batch_size": 4, "rounds": 3}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--llmcompressor", help="the Python of an environment that has it")
+    parser.add_argument("--other-rounds", type=int, default=1)
     asked = parser.parse_args()
     size = Size(**{name: getattr(asked, name) for name in defaults})
     with tempfile.TemporaryDirectory() as folder:
