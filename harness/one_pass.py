@@ -55,16 +55,15 @@ class Part:
     def known(self, store: Store) -> frozenset[str]:
         """Extra statistics that the store has of it; empty too where it has none at all."""
         path = store.path("stats", self.name)
-        return stats.load(path).names & set(stats.EXTRAS) if path.exists() else frozenset()
+        return stats.held(path)[0] & set(stats.EXTRAS) if path.exists() else frozenset()
 
     def is_made(self, store: Store) -> bool:
         """Whether the store has all that is asked of it, as far as the model can give it."""
         path = store.path("stats", self.name)
         if not path.exists():
             return False
-        found = stats.load(path)
-        own, asked = self.cell.needs & set(stats.EXTRAS), frozenset(found.provenance.get("asked", ()))
-        return own <= found.names and self.cell.extras <= found.names | asked
+        names, about = stats.held(path)
+        return self.cell.needs & set(stats.EXTRAS) <= names and self.cell.extras <= names | set(about.get("asked", ()))
 
     def shards(self, store: Store) -> list[Part]:
         """Parts of about the same size, asked for what the store has of the whole too. Batches, and the tokens that all

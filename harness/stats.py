@@ -168,6 +168,17 @@ def save(stats: Stats, path: Path) -> None:
     )
 
 
+def held(path: Path) -> tuple[frozenset[str], dict[str, Any]]:
+    """Names of the sums that every layer of a file of `save` holds, and the provenance; reads the header only."""
+    with safe_open(path, framework="numpy") as file:
+        names: dict[str, set[str]] = {}
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            index, name = key.split(".", 1)
+            names.setdefault(index, set()).add(name)
+        provenance = json.loads(file.metadata()["provenance"])
+    return frozenset(set.intersection(*names.values()) if names else ()), provenance
+
+
 def load(path: Path) -> Stats:
     """Read what `save` wrote."""
     with safe_open(path, framework="numpy") as file:
