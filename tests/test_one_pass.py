@@ -224,16 +224,26 @@ def layer_by_layer(model: Model, folder: Path) -> Stats:
     return streamed(model, folder, frozenset(EXTRAS))
 
 
-@pytest.mark.parametrize("share, family", [(-1, "qwen3_moe"), (np.inf, "glm4_moe")], ids=["from tokens", "from states"])
-def test_killed_in_a_layer_it_goes_on_there_with_the_same_bytes(tmp_path: Path, share: float, family: str) -> None:
+@pytest.mark.parametrize(
+    "share, family, layers",
+    [
+        pytest.param(-1, "qwen3_moe", [1], id="from tokens"),
+        pytest.param(np.inf, "glm4_moe", [2], id="from states"),
+        pytest.param(-1, "mixtral", [0, 1, 2], id="from tokens, in every layer", marks=pytest.mark.slow),
+        pytest.param(np.inf, "qwen3_moe", [0, 1, 2], id="from states, in every layer", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_a_layer_it_goes_on_there_with_the_same_bytes(
+    tmp_path: Path, share: float, family: str, layers: list[int]
+) -> None:
     model = write_model(family, tmp_path / "model")
     whole = layer_by_layer(model, tmp_path / "whole")
     folder = tmp_path / "killed"
-    for before, layer in enumerate(whole.layers):
+    for layer in layers:
         asked = [str(folder), str(model.folder), str(layer), "2", str(share)]
         done = subprocess.run([sys.executable, "-c", KILLED, *asked], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        layers = sorted(path.name for path in folder.glob("store/unfinished/x-layer-*"))
-        assert len(layers) == before, layers
+        kept = sorted(path.name for path in folder.glob("store/unfinished/x-layer-*"))
+        assert len(kept) == sum(each < layer for each in whole.layers), kept
         assert bool(list(folder.glob("store/unfinished/x-states-*"))) == (share > 0 and layer > 0)
     assert same(whole, layer_by_layer(model, folder))
