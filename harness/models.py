@@ -342,6 +342,22 @@ class Model:
         config.quantization_config["dequantize"] = True
         return config
 
+    @property
+    def architecture(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+        """transformers' class that reads text and answers, and its config: of a model that also sees, the part that
+        reads text if it has a class of its own, else the whole. Raises UserError if transformers has none.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        config = self.config_to_compute()
+        for group in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            kind: Any = group._model_mapping.get(type(config), None)
+            if kind is not None:
+                kind = kind[0] if isinstance(kind, tuple) else kind
+                is_part = kind.config_class is config.sub_configs.get("text_config")
+                return kind, config.get_text_config() if is_part else config
+        raise UserError(f"model {self.name!r}: transformers has no {config.model_type!r} that reads text and answers.")
+
     def loaded_bytes(self, name: str, dtype: str) -> float:
         """Of a tensor of the checkpoint, when the model is in memory in this type."""
         tensor = self.tensors[name]
@@ -377,17 +393,17 @@ class Model:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # the pass over the tokens has one of its own
-        device_map = "auto" if torch.cuda.is_available() else None
-        model = AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            config=self.config_to_compute(),
-            dtype=dtype,
-            device_map=device_map,
-            local_files_only=True,
-            use_safetensors=True,  # where both are there, pickles are not even looked at
-            trust_remote_code=self.runs_code,  # unset, transformers asks on standard input
-        )
-        return model.eval()
+        given: dict[str, Any] = {
+            "dtype": dtype,
+            "device_map": "auto" if torch.cuda.is_available() else None,
+            "local_files_only": True,
+            "use_safetensors": True,  # where both are there, pickles are not even looked at
+        }
+        if self.runs_code:  # the class may be the checkpoint's own
+            given |= {"config": self.config_to_compute(), "trust_remote_code": True}
+            return AutoModelForCausalLM.from_pretrained(self.folder, **given).eval()
+        kind, config = self.architecture
+        return kind.from_pretrained(self.folder, config=config, **given).eval()
 
 
 @dataclass(frozen=True)

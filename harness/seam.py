@@ -59,13 +59,14 @@ def hook_routers(
     if recorder is None:
         raise UserError(f"{type(model).__name__} does not say where its router logits are, which {needed_by}")
     target, position = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
+    called = getattr(recorder, "layer_name", None)  # where the class alone does not say it: Jamba's is any linear layer
 
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         logits = output[position] if isinstance(output, tuple) else output
         note(module, logits.reshape(-1, logits.shape[-1]))
 
-    for module in model.modules():
-        if isinstance(module, target):
+    for name, module in model.named_modules():
+        if isinstance(module, target) and (called is None or f".{called}." in f".{name}."):
             yield module.register_forward_hook(hook)
 
 

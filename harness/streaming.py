@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness.errors import StageError, UserError
 from harness.finite import not_finite
@@ -72,10 +72,7 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     # Read when oneDNN first computes. Every expert's number of tokens makes a kernel of its own, which is not needed
     # again; a thousand of them would take some hundred MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    config = model.config_to_compute()
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if kind is None:
-        raise UserError(f"model {model.name!r}: transformers has no {config.model_type!r} that it could stream.")
+    kind, config = model.architecture
     found: dict[str, Any] = {}
 
     def load_the_rest(empty: PreTrainedModel, state: Any, files: list[str], load_config: Any) -> tuple[Any, None]:

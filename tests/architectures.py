@@ -18,8 +18,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from harness import checkpoint, serve
@@ -33,6 +33,7 @@ from harness.parking import Parking
 from harness.plan import Plan
 from harness.probe import probe_tokens
 from harness.reference import expected
+from harness.seam import hook_routers
 from harness.served import Weights
 from harness.stats import Stats
 from harness.store import Store
@@ -54,6 +55,11 @@ SIZES: dict[str, Any] = {
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_shared_experts": 1,
     "moe_num_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "depth": 1, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+    "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
 }  # fmt: skip
 FULL = "full_attention"
 LATENT = {
@@ -84,6 +90,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": _family("Qwen/Qwen1.5-MoE-A2.7B", decoder_sparse_step=1),
     "qwen3_next": _family("Qwen/Qwen3-Next-80B-A3B-Instruct", **LINEAR),
     "qwen3_5_moe_text": _family("Qwen/Qwen3.5-35B-A3B", **LINEAR),
+    "qwen3_5_moe": _family("Qwen/Qwen3.5-35B-A3B", **LINEAR),
+    "qwen3_vl_moe": _family("Qwen/Qwen3-VL-30B-A3B-Instruct"),
     "mixtral": _family("mistralai/Mixtral-8x7B-v0.1"),
     "deepseek_v2": _family("deepseek-ai/DeepSeek-V2-Lite", **LATENT),
     "deepseek_v3": _family("deepseek-ai/DeepSeek-V3", n_group=2, topk_method="noaux_tc", **LATENT),
@@ -93,7 +101,16 @@ FAMILIES: dict[str, Family] = {
         "zai-org/GLM-4.7-Flash", first_k_dense_replace=1, topk_method="noaux_tc", **LATENT
     ),
     "glm_moe_dsa": _family("zai-org/GLM-5"),
+    "glm4v_moe": _family(
+        "zai-org/GLM-4.5V", head_dim=32, rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3],
+        },
+    ),
     "gpt_oss": _family("openai/gpt-oss-20b"),
+    "llama4": _family(
+        "meta-llama/Llama-4-Scout-17B-16E", num_experts_per_tok=1, interleave_moe_layer_step=1,
+        intermediate_size_mlp=64,
+    ),
     "llama4_text": _family(
         "meta-llama/Llama-4-Scout-17B-16E", num_experts_per_tok=1, interleave_moe_layer_step=1,
         intermediate_size_mlp=64,
@@ -140,17 +157,26 @@ FAMILIES: dict[str, Family] = {
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """The architecture's config with tiny sizes."""
+    """The architecture's config with tiny sizes; of one that also sees, of both parts."""
     usual = CONFIG_MAPPING[kind]()
-    known = {*vars(usual), *(getattr(usual, "attribute_map", None) or {})}
-    sizes = {name: value for name, value in SIZES.items() if name in known}
-    return CONFIG_MAPPING[kind](**{**sizes, **FAMILIES[kind].changes})
+    if "text_config" not in usual.sub_configs:
+        return CONFIG_MAPPING[kind](**{**_known(usual, SIZES), **FAMILIES[kind].changes})
+    text = {**_known(usual.get_text_config(), SIZES), **FAMILIES[kind].changes}
+    seeing = usual.vision_config and _known(usual.vision_config, VISION)
+    return CONFIG_MAPPING[kind](text_config=text, vision_config=seeing)
+
+
+def _known(config: PreTrainedConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    names = {*vars(config), *(getattr(config, "attribute_map", None) or {})}
+    return {name: value for name, value in sizes.items() if name in names}
 
 
 def write_model(kind: str, folder: Path) -> Model:
     """A random one on disk, whose greedy answers vary."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+    config = tiny_config(kind)
+    group = AutoModelForImageTextToText if "text_config" in config.sub_configs else AutoModelForCausalLM
+    model = group.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -183,11 +209,36 @@ class Trial:
 
     def calibrate(self) -> None:
         """Statistics with the whole model in memory, of every router and all experts."""
+        self.check_routers()
         extras = frozenset({"logit_gram", "coactivation", "all_output_sum"})
         self.whole = calibrate(self.model.load("auto"), batches(), extras)
         assert self.whole.layers.keys() == self.model.experts.keys(), "every MoE layer"
         self.whole.check_finite()
         assert all(layer["count"].sum() == layer.tokens * self.model.top_k for layer in self.whole.layers.values())
+
+    @torch.no_grad()
+    def check_routers(self) -> None:
+        """What is taken for a router's raw logits is its matrix times its input, plus a bias where it has one."""
+        model, seen = self.model.load("auto"), []
+
+        def note(router: nn.Module, logits: Tensor) -> None:
+            seen.append((router, logits))
+
+        inputs: dict[nn.Module, Tensor] = {}
+        hooks = list(hook_routers(model, note, "this test needs."))
+        for module in model.modules():
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]}) if args else None)
+            )
+        model(input_ids=batches()[0][0], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        assert len(seen) == len(self.model.experts)
+        for router, logits in seen:
+            weight = next(p for p in router.parameters() if p.shape == (EXPERTS, SIZES["hidden_size"]))
+            raw = inputs[router].reshape(-1, weight.shape[1]).float() @ weight.float().T
+            biases = [p for n, p in router.named_parameters() if n.endswith("bias") and p.shape == (EXPERTS,)]
+            assert any(torch.allclose(logits.float(), raw + bias, atol=1e-3) for bias in (0, *biases))
 
     def stream(self) -> None:
         """The same layer by layer, to the last bit."""
@@ -216,7 +267,7 @@ class Trial:
         """transformers reads it, and its logits are those of the plan in memory and of the masked original."""
         reloaded = self.logits(self.pruned.load("auto"))
         original = self.model.load("auto")
-        if self.kind != "llama4_text":  # its experts are masked by no one
+        if not self.kind.startswith("llama4"):  # its experts are masked by no one
             rows = {layer: plan.kept_rows for layer, plan in self.plan_.layers.items()}
             with pruned(original, rows):
                 torch.testing.assert_close(reloaded, self.logits(original), rtol=1e-4, atol=1e-4)
