@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -147,6 +148,9 @@ class Store:
             pid = path.name.split("-")[1]
             if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 remove(path)
+        for path in self.root.glob("locks/*.lock.*"):
+            if _is_stranded(path):
+                remove(path)
 
     def write_json(self, kind: str, name: str, document: dict[str, Any]) -> Path:
         """Write or replace a JSON document, atomically. Values that are not finite are refused."""
@@ -169,6 +173,20 @@ class Store:
 def _own() -> str:
     """How names of temporary things of this process begin; hidden, so that nobody takes them for results."""
     return f".{_host()}-{os.getpid()}-"
+
+
+def _is_stranded(marker: Path) -> bool:
+    """Whether a lock's marker was set aside by a process that was killed while it took the lock over from another that
+    was killed: ``<lock>.break.<pid>.<token>``, and both ran here. filelock finds most of these again, not all.
+    """
+    found = re.search(r"\.lock\.(?:break|restore)\.(\d+)\.", marker.name)
+    try:
+        noted = dict(line.split("=", 1) for line in marker.read_text().splitlines() if "=" in line)
+    except OSError:  # somebody was faster
+        return False
+    pids = [found[1] if found else "", noted.get("pid", "")]
+    here = noted.get("host", "").startswith(socket.gethostname())
+    return here and all(pid.isdigit() and not psutil.pid_exists(int(pid)) for pid in pids)
 
 
 def _host() -> str:

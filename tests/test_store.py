@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -106,3 +107,28 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
 def test_keys_depend_on_content_and_not_on_order() -> None:
     assert key(a=1, b=[1, 2]) == key(b=[1, 2], a=1)
     assert key(a=1) != key(a=2) != key(b=2)
+
+
+def test_markers_that_a_killed_takeover_left_aside_are_swept_out(tmp_path: Path) -> None:
+    """If neither who took over nor who was taken over from runs any more, on this machine."""
+    store = Store(tmp_path)
+    with store.locked("a", "b"):
+        (lock,) = tmp_path.glob("locks/*.lock")
+        marker = lock.read_text()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead = marker.replace(f"pid={os.getpid()}", f"pid={gone.pid}")
+    foreign = dead.replace("host=", "host=elsewhere-")
+    cases = {
+        f"x.lock.break.{gone.pid}.0a": (dead, False),
+        f"x.lock.restore.{gone.pid}.0b": (dead, False),
+        f"x.lock.break.{os.getpid()}.0c": (dead, True),
+        f"x.lock.break.{gone.pid}.0d": (marker, True),
+        f"x.lock.break.{gone.pid}.0e": (foreign, True),
+        f"x.lock.break.{gone.pid}.0f": ("", True),
+        "x.lock": (dead, True),
+    }
+    for name, (content, _) in cases.items():
+        (tmp_path / "locks" / name).write_text(content)
+    store.sweep_out()
+    assert {path.name for path in tmp_path.glob("locks/*")} == {name for name, (_, stays) in cases.items() if stays}
