@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+
+import psutil
 
 from harness.errors import StageError
 from tasks.sandbox import FORMS, environment
@@ -82,7 +86,8 @@ def first_form() -> str | None:
 @cache
 def why_not(form: str) -> str | None:
     """Why programs cannot be isolated in this form on this machine; None if they can. Tried once."""
-    with tempfile.TemporaryDirectory(prefix="judge-") as folder:
+    _sweep_out()
+    with tempfile.TemporaryDirectory(prefix=f"{_here()}{os.getpid()}-") as folder:
         try:
             done = _run_judge([form], Path(folder), memory_gib=4, timeout_s=120)
         except StageError as error:
@@ -90,6 +95,21 @@ def why_not(form: str) -> str | None:
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def _sweep_out() -> None:
+    """Remove folders of tries in which the whole harness was killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_here()}*-*"):
+        pid = left.name.removeprefix(_here()).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _here() -> str:
+    """How names of such folders begin; another for each machine, and for each container that numbers processes anew."""
+    namespace = Path("/proc/self/ns/pid")
+    about = f"{socket.gethostname()} {namespace.stat().st_ino if namespace.exists() else 0}"
+    return f"judge-{hashlib.sha256(about.encode()).hexdigest()[:8]}-"
 
 
 def _run_judge(

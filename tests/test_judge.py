@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter, OrderedDict
@@ -148,6 +149,7 @@ def test_a_broken_problem_is_an_error_and_no_verdict(tmp_path: Path):
 
 SCRIPT = """
 import sys
+import tempfile
 from pathlib import Path
 from tasks.judging import judge
 folder = Path(sys.argv[1])
@@ -237,6 +239,19 @@ def test_no_sandbox_means_no_run_unless_one_says_so_in_so_many_words(tmp_path: P
     assert f"be these words: {UNSANDBOXED}" in unclear
     assert form == NO_SANDBOX
     assert bases == ["pass", "fail"]
+
+
+def test_the_folder_of_a_try_in_which_the_harness_was_killed_is_removed(tmp_path: Path, monkeypatch):
+    """By the next try; that of one that is going on stays, and so does another machine's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = judging._here()
+    left = [f"{here}{gone.pid}-a", f"{here}{os.getpid()}-b", f"judge-elsewhere-{gone.pid}-c", f"judge-{gone.pid}"]
+    for name in left:
+        (tmp_path / name).mkdir()
+    judging.why_not.__wrapped__("none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left[1:])
 
 
 def test_where_there_is_a_sandbox_it_is_used_whatever_one_says(tmp_path: Path):
