@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,13 @@ class Part:
     ids: np.ndarray
     all_experts: int
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Any]:
         """What determines the sums."""
         fields = self.cell.observed(self.ids)
         return fields if self.all_experts == self.ids.size else {**fields, "all_experts": self.all_experts}
 
-    @property
+    @cached_property
     def name(self) -> str:
         """File name of the sums."""
         return key(**self.fields) + ".safetensors"

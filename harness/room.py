@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import psutil
@@ -35,7 +34,7 @@ class MaxMemory:
     def ram_left(self) -> float:
         """Bytes that this process may still take."""
         free = SHARE * psutil.virtual_memory().available
-        return free if self.ram is None else min(free, self.ram * GIB - psutil.Process(os.getpid()).memory_info().rss)
+        return free if self.ram is None else min(free, self.ram * GIB - psutil.Process().memory_info().rss)
 
     def gpus_left(self) -> list[float]:
         """The same of each GPU."""

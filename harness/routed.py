@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear  # one matrix product for all experts, on CPUs too
+from transformers.integrations.moe import _grouped_linear  # one matrix product for all experts
 
 PAIRS_AT_ONCE = 16_384  # (token, expert) pairs of an all-expert chunk: bounds its memory
 ROWS_AT_ONCE = 1024  # that a CPU's caches hold
@@ -100,7 +100,15 @@ def _one_expert_after_the_other(
 
 def _units_of(experts: Any, expert: int, given: Tensor) -> Tensor:
     """What the expert's down projection is given."""
-    found = _linear_of(experts, "gate_up_proj" if experts.has_gate else "up_proj", expert, given)
+    return _activated(experts, _linear_of(experts, _first(experts), expert, given))
+
+
+def _first(experts: Any) -> str:
+    """Name of the matrix that tokens come to first."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _activated(experts: Any, found: Tensor) -> Tensor:
     return experts._apply_gate(found) if experts.has_gate else experts.act_fn(found)
 
 
@@ -124,10 +132,10 @@ def hidden_units(experts: Any, rows: Tensor, chosen: Tensor, ends: Tensor) -> Te
     """What the down projection is given, [S, F], of rows [S, H] for the experts ``chosen`` [S], sorted; ``ends`` [E]
     says where the rows of each end.
     """
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    name = _first(experts)
     bias = getattr(experts, f"{name}_bias")[chosen] if experts.has_bias else None
     found = _grouped_linear(rows, getattr(experts, name), ends, bias=bias, is_transposed=experts.is_transposed)
-    return experts._apply_gate(found) if experts.has_gate else experts.act_fn(found)
+    return _activated(experts, found)
 
 
 def sums_over_tokens(experts: Any, hidden: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

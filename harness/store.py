@@ -145,8 +145,7 @@ class Store:
     def sweep_out(self) -> None:
         """Remove what processes of this machine that no longer run have left half-written."""
         for path in self.root.glob(f"*/.{_host()}-*"):
-            pid = path.name.split("-")[1]
-            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            if is_gone(path.name.split("-")[1]):
                 remove(path)
         for path in self.root.glob("locks/*.lock.*"):
             if _is_stranded(path):
@@ -175,6 +174,11 @@ def _own() -> str:
     return f".{_host()}-{os.getpid()}-"
 
 
+def is_gone(pid: str) -> bool:
+    """Whether this is the number of a process, and none of that number runs on this machine."""
+    return pid.isdigit() and not psutil.pid_exists(int(pid))
+
+
 def _is_stranded(marker: Path) -> bool:
     """Whether a lock's marker was set aside by a process that was killed while it took the lock over from another that
     was killed: ``<lock>.break.<pid>.<token>``, and both ran here. filelock finds most of these again, not all.
@@ -186,7 +190,7 @@ def _is_stranded(marker: Path) -> bool:
         return False
     pids = [found[1] if found else "", noted.get("pid", "")]
     here = noted.get("host", "").startswith(socket.gethostname())
-    return here and all(pid.isdigit() and not psutil.pid_exists(int(pid)) for pid in pids)
+    return here and all(map(is_gone, pids))
 
 
 def _host() -> str:

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import psutil
-
 from harness.errors import StageError
+from harness.store import is_gone
 from tasks.sandbox import FORMS, environment
 
 JUDGE = Path(__file__).with_name("evalplus_judge.py")
@@ -100,8 +99,7 @@ def why_not(form: str) -> str | None:
 def _sweep_out() -> None:
     """Remove folders of tries in which the whole harness was killed."""
     for left in Path(tempfile.gettempdir()).glob(f"{_here()}*-*"):
-        pid = left.name.removeprefix(_here()).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        if is_gone(left.name.removeprefix(_here()).partition("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
 
 

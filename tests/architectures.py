@@ -35,12 +35,12 @@ from harness.probe import probe_tokens
 from harness.reference import expected
 from harness.seam import hook_routers
 from harness.served import Weights
-from harness.stats import Stats
 from harness.store import Store
 from harness.streaming import open_streamed
 from harness.unfinished import Unfinished
 from methods.reap import REAP
 from tests.conftest import vllm
+from tests.test_streaming import same
 from tests.tiny_checkpoint import write_tokenizer
 
 EXPERTS, KEPT, VOCABULARY = 8, 4, 320
@@ -297,15 +297,6 @@ class Trial:
 
 
 STEPS = ("calibrate", "stream", "plan", "export", "reload")
-
-
-def same(one: Stats, other: Stats) -> bool:
-    """Equal to the last bit."""
-    return one.layers.keys() == other.layers.keys() and all(
-        value.tobytes() == other.layers[index][name].tobytes()
-        for index, layer in one.layers.items()
-        for name, value in layer.sums.items()
-    )
 
 
 def reason(error: Exception) -> str:

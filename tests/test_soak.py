@@ -65,7 +65,7 @@ class Watch(threading.Thread):
 def test_two_hundred_plans_leave_nothing_behind(tmp_path: Path) -> None:
     store = tmp_path / "store"
     plans = SEEDS * len(RATIOS)
-    before, shared = set(psutil.pids()), set(SHARED_MEMORY.iterdir())
+    before, ports, shared = set(psutil.pids()), ports_of(psutil.process_iter()), set(SHARED_MEMORY.iterdir())
     start = time.monotonic()
     log = (tmp_path / "log").open("w")
     run = subprocess.Popen(command(store, *arguments()), cwd=ROOT, stdout=log, stderr=log, env=environment(store))
@@ -88,6 +88,7 @@ def test_two_hundred_plans_leave_nothing_behind(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
         time.sleep(0.2)
     assert servers(store) == []
+    assert not ports_of(psutil.process_iter()) - ports, "nothing else may be started meanwhile"
     assert temporary_files(store) == []
     early, late = watch.between(plans // 5, 2 * plans // 5), watch.between(4 * plans // 5, plans)
     assert early and late

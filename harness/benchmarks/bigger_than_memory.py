@@ -40,20 +40,23 @@ EXPORT = "from harness.benchmarks.bigger_than_memory import export; import sys; 
 
 @dataclass(frozen=True)
 class Ran:
-    """A step: how long it took, and the most resident memory that its process had."""
+    """A step: how long it took, the most resident memory that its process had, and what it printed."""
 
     seconds: float
     peak: int
+    said: str
 
 
 def run(*arguments: str) -> Ran:
     """Raises CalledProcessError if it fails."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise subprocess.CalledProcessError(status, arguments)
-    return Ran(time.perf_counter() - start, usage.ru_maxrss * 1024)
+    return Ran(time.perf_counter() - start, usage.ru_maxrss * 1024, said)
 
 
 def calibrate(model: Path, store: Path, sequences: int, *more: str) -> tuple[Ran, Stats]:
@@ -110,15 +113,9 @@ def compare_export(model: Path, store: Path, folder: Path, rounds: int) -> tuple
     for number in range(rounds):
         target, again = folder / f"export-{number}", folder / f"copy-{number}"
         os.sync()
-        command = [sys.executable, "-c", EXPORT, str(model), str(statistics_file), str(target)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise subprocess.CalledProcessError(status, command)
-        peak = max(peak, usage.ru_maxrss * 1024)
-        exports.append(json.loads(said)["seconds"])
+        ran = run("-c", EXPORT, str(model), str(statistics_file), str(target))
+        peak = max(peak, ran.peak)
+        exports.append(json.loads(ran.said)["seconds"])
         copies.append(timed(lambda source=target, to=again: shutil.copytree(source, to)))  # type: ignore[misc]
         size = sum(file.stat().st_size for file in written(target))
         shutil.rmtree(target)
