@@ -38,7 +38,7 @@ from harness import routed
 from harness.blocks import expert_counts, moe_blocks
 from harness.calibrate import Batches, Observer
 from harness.errors import StageError, UserError
-from harness.models import layer_index
+from harness.roles import layer_index
 from harness.stats import BARRIER_MODES, LayerStats, Stats
 
 EXACT_VOCABULARY, LIKELIEST = 4096, 256

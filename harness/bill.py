@@ -38,13 +38,13 @@ from harness.estimate import (
     Load,
     Pass,
     active,
-    gpus,
     keeps_rows,
     passes,
     routed,
 )
 from harness.external import Server
 from harness.hf import Transformers
+from harness.loading import model_bytes
 from harness.models import Model, Outlined
 from harness.room import need
 from harness.rows import NOT_RUN
@@ -125,7 +125,7 @@ def _too_large(cell: Cell, estimate: Estimate | None) -> Iterator[str]:
     if (reason := _unserved(cell.serve, model.nbytes)) is not None:
         yield f"model {model.name}: {reason}"
     text, memory = cell.calibration, _memory()
-    needed = model.nbytes * model.widened(text.dtype)
+    needed = model_bytes(model, text.dtype)
     if cell.loads_the_model and needed > sum(memory):
         yield (
             f"model {model.name}: {cell.label} needs the whole model in memory, {needed / GB:.1f} GB, and this machine "
@@ -181,7 +181,7 @@ def text(sweep: Sweep) -> str:
 ASSUMPTIONS = (
     f"Estimates. One H100 (SXM): {GPU_BYTES / GB:.0f} GB, {PEAK_FLOPS / 1e12:.0f} TFLOP/s in BF16, "
     f"{BANDWIDTH / 1e12:.2f} TB/s. Reached of these: {PREFILL:.0%} of the FLOP/s on prompts, {CALIBRATION:.0%} in "
-    f"calibration, where one GPU works at a time and the others wait, {DECODE:.0%} of the bandwidth in generation, "
+    f"calibration, layer by layer where one GPU does not hold the model, {DECODE:.0%} of the bandwidth in generation, "
     "whose every step reads the experts that the batch is sent to, all other weights and the batch's cache. Weights "
     f"are read at {READING / 1e9:.0f} GB/s, {LOADS} times for each cell that compresses. Answers are as long as the "
     "reference answers (at most: as long as allowed, which broken models reach); prompts in GPT-2's tokens. Memory: "
@@ -230,8 +230,9 @@ def _passes(shared: Sequence[Pass]) -> str:
                 "passes": f"{len(group)}",
                 "done": f"{sum(one.is_cached for one in group)}",
                 "tokens of a pass": _count(group[0].tokens),
-                "GB in memory": _gb(group[0].nbytes),
-                "GPUs": f"{gpus(group[0].nbytes)}",
+                "GB in memory": _gb(group[0].memory.whole),
+                "GB, one layer at a time": _gb(group[0].memory.one_layer),
+                "GPUs": f"{group[0].gpus}",
                 "GPU h left": f"{sum(one.hours for one in group):.2f}",
             }
             for (model, name), group in groups.items()
@@ -289,7 +290,7 @@ def _totals(sweep: Sweep, known: Sequence[Estimate], shared: Sequence[Pass]) -> 
     hours = sum(estimate.hours for estimate in known) + sum(one.hours for one in shared)
     fetched = {estimate.cell.model: estimate.cell.model.nbytes for estimate in known}
     download = sum(nbytes for model, nbytes in fetched.items() if not model.is_here)
-    most = max([1, *(estimate.gpus for estimate in known), *(gpus(one.nbytes) for one in shared)])
+    most = max([1, *(estimate.gpus for estimate in known), *(one.gpus for one in shared)])
     left = sum(len(estimate.left) for estimate in known)
     asked = sum(len(estimate.cell.tasks) for estimate in known)
     return (

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from harness.align import unit_orders
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, layer_index, role
 from harness.plan import LayerPlan, Source
+from harness.roles import EXPERT_COUNT, layer_index, role
 
 
 def moe_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -21,10 +21,10 @@ from harness import routed, sums
 from harness.blocks import compress_block, moe_blocks
 from harness.errors import UserError
 from harness.finite import Finite
-from harness.models import layer_index
 from harness.parking import Parking
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
+from harness.roles import layer_index
 from harness.routed import Routed
 from harness.seam import experts_run_through, hook_routers, trunk
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
@@ -178,6 +178,7 @@ class Observer:
         self.index_of = {module: layer_index(name) for name, module in model.named_modules()}
         self.residual = ResidualHooks(model)
         self.finite = Finite()
+        self.checked: set[int] = set()  # layers whose logits have been looked at
 
     @property
     def reads_logits(self) -> bool:
@@ -281,7 +282,11 @@ class Observer:
                 f"{type(self.model).__name__}, layer {layer}: its router has no logits that are known as such, which "
                 "routing=paper and some methods need. Choose routing=actual and a method that reads routed statistics."
             )
-        return _masked(self.logits.pop(layer), mask)
+        logits = _masked(self.logits.pop(layer), mask)
+        if layer not in self.checked:
+            self.checked.add(layer)
+            _refuse_probabilities(logits, f"{type(self.model).__name__}, layer {layer}")
+        return logits
 
     def _residual(self, layer: int, mask: Tensor | None) -> Tensor:
         return _masked(self.residual.stream.pop(layer), mask)
@@ -334,6 +339,15 @@ class Seen:
     def rerouted(self, index: Tensor, weight: Tensor) -> Seen:
         """The same tokens given to other experts."""
         return replace(self, index=index, weight=weight, made=routed.run(self.experts, self.hidden, index))
+
+
+def _refuse_probabilities(logits: Tensor, where: str) -> None:
+    """Raise UserError for [N, E] that are no logits: some routers have what softmax made of them recorded."""
+    if len(logits) and (logits >= 0).all() and ((logits.float().sum(dim=-1) - 1).abs() < 1e-3).all():
+        raise UserError(
+            f"{where}: what transformers records as the router's logits are probabilities, so statistics of logits "
+            "would be wrong. Choose routing=actual and a method that reads routed statistics only, such as reap."
+        )
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from harness import inventory, tensors
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, EXTRA_HEADS, Model, layer_index, role, width_field
+from harness.models import Model
 from harness.plan import Plan
 from harness.rewrite import MERGEABLE, UNITS_FIRST, UNITS_LAST, Layout, Rewrite, is_bias
+from harness.roles import EXPERT_COUNT, EXTRA_HEADS, layer_index, role, width_field
 from harness.store import say
 from harness.tensors import Tensor
 

@@ -11,9 +11,9 @@ from harness import checkpoint
 from harness.errors import UserError
 from harness.external import Server
 from harness.hf import Transformers
-from harness.models import role
 from harness.plan import LayerPlan, Plan
-from harness.rewrite import MERGEABLE
+from harness.rewrite import MERGEABLE, check_tables
+from harness.roles import role
 from harness.serve import VLLM
 from harness.trial import trial_plan
 from methods.allocations.uniform import Uniform
@@ -168,6 +168,7 @@ def _check_plans(cell: Cell) -> None:
             f"{cell.label} averages experts, and those of {cell.model.name} are stored as {stored}. Take a checkpoint "
             f"in one of {', '.join(MERGEABLE)}, or a method that prunes."
         )
+    check_tables(cell.model, Plan(dict.fromkeys(cell.model.experts, made)))
     check_plan = getattr(cell.recovery, "check_plan", None)
     if check_plan is not None:
         check_plan(Plan({0: made}))

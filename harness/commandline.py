@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from harness import scoring
 from harness.data import Calibration
 from harness.errors import StageError, UserError
+from harness.loading import check_memory
 from harness.models import Model
 from harness.spec import Cell
 from harness.store import Store
@@ -51,7 +52,7 @@ def check_whole_models(cells: Iterable[Cell]) -> None:
     """Raise UserError for a plan that needs the whole of a model that this machine's memory does not hold."""
     for model, dtype, label in {(c.model, c.calibration.dtype, c.label) for c in cells if c.loads_the_model}:
         try:
-            model.check_memory(dtype)
+            check_memory(model, dtype)
         except StageError as error:
             raise UserError(f"{label}: {error}") from error
 

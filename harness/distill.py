@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from harness.blocks import expert_counts
 from harness.errors import StageError
-from harness.models import Model, role
+from harness.models import Model
+from harness.roles import role
 from harness.seam import hook_routers, use
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # of AdamW, which decays no weight here; the largest norm of a gradient

@@ -19,8 +19,10 @@ from harness import plan as plans
 from harness.absent import absent_data
 from harness.errors import UserError
 from harness.external import Server
-from harness.models import Model, role
+from harness.models import Model
 from harness.plan import LayerPlan, Plan
+from harness.roles import role
+from harness.room import Need, need
 from harness.serve import VLLM
 from harness.spec import Cell
 from harness.store import Store
@@ -219,7 +221,8 @@ class Estimate:
             stored = float(self.size.distinct_bytes if serve.reads_plans else self.size.bytes)
         if isinstance(serve, ThinkThenAnswer) and not self.plan.is_identity:
             stored += model.nbytes  # the original answers, in an engine of its own
-        return stored * model.widened(serve.dtype)
+        is_plain = model.bytes_of_a_number >= 2  # else quantised, and computed with as it is
+        return stored * 4 / model.bytes_of_a_number if is_plain and serve.dtype == "float32" else stored
 
     @property
     def cache_bytes(self) -> float:
@@ -307,19 +310,25 @@ class Pass:
         return self.cell.calibration.sequences * self.cell.calibration.length
 
     @property
-    def nbytes(self) -> float:
-        """Memory: the whole original, and the logits of a batch."""
+    def memory(self) -> Need:
+        """Bytes that it takes."""
         text = self.cell.calibration
-        logits = 4.0 * text.batch_size * text.length * self.model.config["vocab_size"]
-        return self.model.nbytes * self.model.widened(text.dtype) + logits
+        return need(self.model, text.dtype, text.batch_size * text.length)
+
+    @property
+    def gpus(self) -> int:
+        """One, unless it does not even hold a layer."""
+        return gpus(min(self.memory.whole, self.memory.one_layer))
 
     @property
     def hours(self) -> float:
-        """GPU hours: one GPU works at a time, layer after layer, and the others wait."""
-        every = self.extras & set(stats.OF_OUTPUTS)  # all experts run on every token
-        flops = 2.0 * self.tokens * (self.model.parameters if every else active(self.model))
+        """GPU hours."""
+        flops = 2.0 * self.tokens * active(self.model)
+        if self.extras & set(stats.OF_OUTPUTS):  # all experts run, but for their down projections
+            every = min(self.tokens, self.cell.calibration.all_expert_tokens)
+            flops += 2.0 * every * routed(self.model)[0] * 2 / 3
         seconds = flops / (PEAK_FLOPS * CALIBRATION) + self.model.nbytes / READING
-        return 0.0 if self.is_cached else seconds * gpus(self.nbytes) / 3600
+        return 0.0 if self.is_cached else seconds * self.gpus / 3600
 
     @property
     def disk(self) -> int:

@@ -112,7 +112,7 @@ def _running(arguments: list[str], log: Path) -> Iterator[Running]:
         listening.bind(("127.0.0.1", 0))  # handed over: nothing can come between choosing a port and taking it
         port, descriptor = listening.getsockname()[1], listening.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-m", "harness.hf_server", *arguments, "--fd", str(descriptor)],
+            [sys.executable, "-m", "harness.ends_with_input", "harness.hf_server", *arguments, "--fd", str(descriptor)],
             stdin=subprocess.PIPE,  # the server ends when our end closes, however we end
             stdout=output,
             stderr=output,

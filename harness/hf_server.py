@@ -4,7 +4,7 @@
 
 It answers ``/v1/completions`` as the harness and lm-eval ask (greedy; texts or token ids; stop sequences;
 log-probabilities with echo), ``/v1/models``, ``/health`` and ``/metrics``. The plan is carried out on the model in
-memory. Requests that wait together are computed together. It ends when its standard input does.
+memory. Requests that wait together are computed together.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import argparse
 import asyncio
 import os
 import socket
-import sys
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -307,12 +305,6 @@ def load(folder: Path, plan: Path | None, dtype: str, runs_code: bool) -> PreTra
     return model
 
 
-def _end_with_input() -> None:
-    """However the harness ends, its end of our standard input closes."""
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -326,7 +318,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--trust-remote-code", action="store_true")
     asked = parser.parse_args()
-    threading.Thread(target=_end_with_input, daemon=True).start()
     model = load(asked.model, asked.plan, asked.dtype, asked.trust_remote_code)
     weights = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     print(f"weights: {weights} bytes", flush=True)

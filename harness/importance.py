@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.calibrate import Batches
-from harness.models import layer_index
 from harness.nested import NestedOrder, descending, dims, head_size, sizes
 from harness.nested_masks import hidden_norms, output_projections
+from harness.roles import layer_index
 from harness.seam import experts_run_through
 
 

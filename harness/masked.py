@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from harness.blocks import moe_blocks
-from harness.models import EXPERT_COUNT, layer_index, role
+from harness.roles import EXPERT_COUNT, layer_index, role
 from harness.seam import experts_run_through
 from harness.search import Kept
 

@@ -5,106 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import inventory, tensors
-from harness.errors import StageError, UserError
+from harness.errors import UserError
+from harness.roles import EXPERT_COUNT, LAYER, TOP_K, experts_on_disk, list_of, role
 from harness.tensors import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Names under which config.json files spell the same two numbers.
-EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-
-EXTRA_HEADS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")  # how many, in config.json
-EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")  # hidden units of an expert: the first that is there
-
-DEQUANTISED = ("fp8", "mxfp4")  # quantisations that transformers undoes when it loads a model
-SCALES = ("_scale_inv", "_scales", ".weight_scale")  # endings of tensors that go into others then
-
-_LAYER = re.compile(r"^(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.)(?P<rest>.+)$")
-_EXPERT = re.compile(r"^(?P<moe>.*?\.?)experts\.(?P<expert>\d+)\.(?P<part>.+)$")
-_FUSED = re.compile(r"^.*?(?:experts\.|block_sparse_moe\.(?=(?:in|out)put_linear\.))(?P<part>[a-z].*)$")
-_ROUTER = re.compile(
-    r"(?:^|\.)(?:(?:gate|gate\.wg|router|router\.layer|moe_statics)\.(?:weight|bias|e_score_correction_bias)"
-    r"|(?:expert|router|e_score_correction)_bias)$"
-)
-
-
-@dataclass(frozen=True)
-class Role:
-    """What a tensor is to its MoE layer.
-
-    kind: ``expert`` (one expert's matrix; ``expert`` and ``part`` name it), ``fused`` (all experts, first axis E),
-    ``router`` (weights or bias with one row per expert), or ``other`` (copied as it is).
-    """
-
-    kind: str
-    layer: int = -1
-    expert: int = -1
-    part: str = ""
-    prefix: str = ""
-
-
-def role(name: str, shape: Sequence[int], experts: Mapping[int, int]) -> Role:
-    """Classify a tensor of a checkpoint, or a parameter in memory, by its name and shape.
-
-    experts: expert count by MoE layer.
-    """
-    match = _LAYER.match(name)
-    if match is None or int(match["layer"]) not in experts:
-        return Role("other")
-    layer, rest = int(match["layer"]), match["rest"]
-    if "shared_expert" in rest or "self_attn" in rest:
-        return Role("other")
-    if expert := _EXPERT.match(rest):
-        prefix = f"{match['block']}{expert['moe']}experts."
-        return Role("expert", layer, int(expert["expert"]), expert["part"], prefix)
-    if (fused := _FUSED.match(rest)) and tuple(shape[:1]) == (experts[layer],):
-        return Role("fused", layer, part=fused["part"])
-    if _ROUTER.search(rest):
-        return Role("router", layer, part=rest)
-    return Role("other")
-
-
-def _list_of(match: re.Match[str]) -> str:
-    """The list that a layer is in: what stands before its number."""
-    return match["block"].removesuffix(f"{match['layer']}.")
-
-
-def width_field(config: Mapping[str, Any]) -> str | None:
-    """The field of config.json that says how many hidden units an expert has."""
-    return next((name for name in EXPERT_WIDTH if isinstance(config.get(name), int)), None)
-
-
-def layer_index(module_name: str) -> int:
-    """``model.layers.3.mlp.experts`` -> 3; -1 for modules outside the decoder layers."""
-    match = re.search(r"(?:^|\.)layers\.(\d+)\.", module_name + ".")
-    return int(match[1]) if match else -1
-
-
-def experts_on_disk(folder_tensors: Mapping[str, Tensor], expected: int) -> dict[int, int]:
-    """Experts per MoE layer, counted from tensor names (or the first axis of fused tensors of ``expected`` experts)."""
-    found: dict[int, set[int]] = {}
-    for name, tensor in folder_tensors.items():
-        match = _LAYER.match(name)
-        if match is None or "shared_expert" in name:
-            continue
-        layer = int(match["layer"])
-        if expert := _EXPERT.match(match["rest"]):
-            found.setdefault(layer, set()).add(int(expert["expert"]))
-        elif _FUSED.match(match["rest"]) and tensor.shape[:1] == (expected,):
-            found.setdefault(layer, set()).update(range(expected))
-    return {layer: len(indices) for layer, indices in sorted(found.items())}
 
 
 @dataclass(frozen=True)
@@ -214,12 +128,12 @@ class Model:
         layers with numbers beyond those of the decoder. No statistic sees them, as no forward pass runs them.
         """
         layers = self.config.get("num_hidden_layers")
-        matches = {name: match for name in self._inventory if (match := _LAYER.match(name))}
-        decoders = {_list_of(match) for match in matches.values() if "experts." in match["rest"]}
+        matches = {name: match for name in self._inventory if (match := LAYER.match(name))}
+        decoders = {list_of(match) for match in matches.values() if "experts." in match["rest"]}
         beyond = {
             name
             for name, match in matches.items()
-            if isinstance(layers, int) and int(match["layer"]) >= layers and _list_of(match) in decoders
+            if isinstance(layers, int) and int(match["layer"]) >= layers and list_of(match) in decoders
         }
         return frozenset(beyond | {name for name in self._inventory if "mtp" in name.split(".")})
 
@@ -265,10 +179,6 @@ class Model:
     def bytes_of_a_number(self) -> float:
         """Of the mean parameter, as it is stored."""
         return self.nbytes / self.parameters
-
-    def widened(self, dtype: str) -> float:
-        """How much larger the weights are in memory than on disk."""
-        return 4 / self.bytes_of_a_number if dtype == "float32" else 1.0
 
     def check_compressible(self) -> None:
         """Raise UserError for a dense model."""
@@ -317,93 +227,11 @@ class Model:
         inventory.check_known(self.folder, found)
         return hashlib.sha256("\n".join(f"{name} {one.sha256}" for name, one in found.items()).encode()).hexdigest()
 
-    @property
-    def quantisation(self) -> str | None:
-        """How the weights are quantised, by transformers' name of it; None if they are not."""
-        found = self.config.get("quantization_config")
-        return str(found.get("quant_method")) if isinstance(found, dict) else None
-
-    def config_to_compute(self) -> PreTrainedConfig:
-        """The config to load the model with: in plain floating point, also where the checkpoint is quantised.
-
-        Raises UserError for a quantisation that cannot be undone here.
-        """
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=self.runs_code)
-        if self.quantisation is None:
-            return config
-        if self.quantisation not in DEQUANTISED:
-            raise UserError(
-                f"model {self.name!r} is quantised ({self.quantisation}), and only {' and '.join(DEQUANTISED)} can be "
-                "computed with here. It can be pruned as it is by a plan that was made of the model in 16 bits: "
-                "./bench export plan=<file>."
-            )
-        config.quantization_config["dequantize"] = True
-        return config
-
-    @property
-    def architecture(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-        """transformers' class that reads text and answers, and its config: of a model that also sees, the part that
-        reads text if it has a class of its own, else the whole. Raises UserError if transformers has none.
-        """
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-        config = self.config_to_compute()
-        for group in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            kind: Any = group._model_mapping.get(type(config), None)
-            if kind is not None:
-                kind = kind[0] if isinstance(kind, tuple) else kind
-                is_part = kind.config_class is config.sub_configs.get("text_config")
-                return kind, config.get_text_config() if is_part else config
-        raise UserError(f"model {self.name!r}: transformers has no {config.model_type!r} that reads text and answers.")
-
-    def loaded_bytes(self, name: str, dtype: str) -> float:
-        """Of a tensor of the checkpoint, when the model is in memory in this type."""
-        tensor = self.tensors[name]
-        number = 4 if dtype == "float32" else 2
-        if self.quantisation in DEQUANTISED:
-            if name.endswith(SCALES):
-                return 0.0
-            packed = 2 if self.quantisation == "mxfp4" and name.endswith("_blocks") else 1  # numbers in a byte
-            return float(tensor.elements * packed * number)
-        return float(tensor.elements * 4 if dtype == "float32" else tensor.nbytes)
-
-    def check_memory(self, dtype: str) -> None:
-        """Raise StageError if the whole model does not fit into the memory that is free."""
-        from harness.memory import free
-
-        needed, there = sum(self.loaded_bytes(name, dtype) for name in self.tensors), free()
-        if needed > there:
-            raise StageError(
-                f"The whole of {self.name} would have to be in memory, {needed / 2**30:.1f} GiB in {dtype}, and "
-                f"{there / 2**30:.1f} GiB are free. What goes layer by layer needs no more than its largest layer: "
-                "statistics, the plans that follow from them, and exports."
-            )
-
     def load(self, dtype: str) -> PreTrainedModel:
-        """The model in memory (on the GPUs, if any), for calibration. dtype: ``auto``, ``float32`` or ``bfloat16``.
+        """The model in memory, in the type ``auto``, ``float32`` or ``bfloat16`` (`harness.loading.load`)."""
+        from harness.loading import load
 
-        Raises StageError if it does not fit.
-        """
-        self.check_code()
-        self.check_memory(dtype)
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # the pass over the tokens has one of its own
-        given: dict[str, Any] = {
-            "dtype": dtype,
-            "device_map": "auto" if torch.cuda.is_available() else None,
-            "local_files_only": True,
-            "use_safetensors": True,  # where both are there, pickles are not even looked at
-        }
-        if self.runs_code:  # the class may be the checkpoint's own
-            given |= {"config": self.config_to_compute(), "trust_remote_code": True}
-            return AutoModelForCausalLM.from_pretrained(self.folder, **given).eval()
-        kind, config = self.architecture
-        return kind.from_pretrained(self.folder, config=config, **given).eval()
+        return load(self, dtype)
 
 
 @dataclass(frozen=True)

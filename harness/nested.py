@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from harness.blocks import moe_blocks
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, layer_index, width_field
+from harness.roles import EXPERT_COUNT, layer_index, width_field
 
 NORM_MODE = "active"
 AXES = ("experts", "width", "hidden", "heads")

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from harness.blocks import moe_blocks
-from harness.models import layer_index
 from harness.nested import AXES, Budget, check_budget, dims, refused, sizes
+from harness.roles import layer_index
 
 
 @dataclass(frozen=True)

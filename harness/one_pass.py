@@ -19,6 +19,7 @@ import numpy as np
 
 from harness import stats
 from harness.errors import UserError
+from harness.loading import load
 from harness.provenance import provenance
 from harness.room import parked
 from harness.spec import Cell
@@ -190,7 +191,7 @@ def _observed(part: Part, extras: frozenset[str], store: Store, bar: tqdm) -> tu
     batches = list(packed_batches(part.ids, text.batch_size))
     room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
     if room is None:
-        model = cell.model.load(text.dtype)
+        model = load(cell.model, text.dtype, cell.max_memory.gpu_bytes)
         made = calibrate(model, _shown(batches, bar), extras, cell.routing, part.all_experts)
         return made.layers, {"layers": "all"}
     name = key(**part.fields, extras=sorted(extras), batch_size=text.batch_size)

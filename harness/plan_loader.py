@@ -33,9 +33,10 @@ from vllm.model_executor.models.utils import make_layers
 
 from harness import plan as plans
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, layer_index, width_field
+from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.rewrite import Layout, Rewrite
+from harness.roles import EXPERT_COUNT, layer_index, width_field
 
 TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

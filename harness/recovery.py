@@ -18,10 +18,11 @@ from harness.blocks import compress, expert_counts
 from harness.data import Calibration
 from harness.distill import Recipe, trainable
 from harness.errors import UserError
-from harness.models import EXPERT_COUNT, Model, role
+from harness.models import Model
 from harness.packing import packed
 from harness.plan import Plan
 from harness.remake import Remaking, check_even, check_no_copies, check_plain, save
+from harness.roles import EXPERT_COUNT, role
 
 if TYPE_CHECKING:
     from methods import Method

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from harness import checkpoint, tensors
 from harness.data import Calibration
 from harness.errors import StageError, UserError
-from harness.models import Model, role
+from harness.models import Model
 from harness.plan import Plan
 from harness.rewrite import FLOATS, MERGEABLE
+from harness.roles import role
 from harness.stats import Stats
 from harness.store import Store
 from harness.tensors import Entry, Tensor

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from harness.blocks import moe_blocks
 from harness.errors import UserError
-from harness.models import layer_index
+from harness.roles import layer_index
 
 
 class ResidualHooks:

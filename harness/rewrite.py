@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import UserError
-from harness.models import Model, Role, role
+from harness.models import Model
 from harness.plan import LayerPlan, Plan, Source
+from harness.roles import TABLE, Role, layer_index, role
 from harness.tensors import Entry, Tensor
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Rewrite:
         self.merged: dict[tuple[int, str], bytes] = {}  # of the layer being made: (slot, part) -> bytes
         self.orders: dict[int, torch.Tensor] = {}  # of its experts that are aligned to another's hidden units
         self.merged_layer = -1
+        check_tables(model, plan)
 
     @cached_property
     def files(self) -> dict[Path, list[Job]]:
@@ -161,6 +163,19 @@ class Rewrite:
         matrix = _matrix(tensor)
         ordered = matrix[order] if part in UNITS_FIRST else matrix[:, order]
         return _encoded(ordered)
+
+
+def check_tables(model: Model, plan: Plan) -> None:
+    """Raise UserError if the plan drops experts of a layer that sends tokens to them by a table of token ids."""
+    for name in model.tensors:
+        layer = layer_index(name)
+        if name.endswith(TABLE) and layer in plan.layers and None in plan.layers[layer].routes:
+            raise UserError(
+                f"Layer {layer} of {model.name} sends each token to its experts by a table of token ids "
+                f"({name}), as DeepSeek-V4 does in its first layers, and the plan drops some of them. Which experts "
+                "those tokens should go to instead, no method says. Choose one that merges experts and keeps their "
+                "router rows, such as method=m_smoe."
+            )
 
 
 def _router_row(tensor: Tensor, row: int | None, here: Role) -> bytes:

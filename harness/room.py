@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import psutil
 
 from harness.errors import StageError, UserError
-from harness.models import Model, layer_index, width_field
+from harness.loading import tensor_bytes
+from harness.models import Model
+from harness.roles import layer_index, width_field
 
 GIB = 2**30
 PROCESS = 0.7 * GIB  # resident memory of a process that has PyTorch and transformers loaded, and computes nothing
@@ -31,6 +33,11 @@ class MaxMemory:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
                 raise UserError(f"max_memory.{name}={value} is no number of GiB above 0. null takes what is free.")
 
+    @property
+    def gpu_bytes(self) -> float | None:
+        """What each GPU may give."""
+        return None if self.gpu is None else self.gpu * GIB
+
     def ram_left(self) -> float:
         """Bytes that this process may still take."""
         free = SHARE * psutil.virtual_memory().available
@@ -43,7 +50,7 @@ class MaxMemory:
         if not torch.cuda.is_available():
             return []
         free = [SHARE * torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-        return free if self.gpu is None else [min(each, self.gpu * GIB) for each in free]
+        return free if self.gpu_bytes is None else [min(each, self.gpu_bytes) for each in free]
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def need(model: Model, dtype: str, tokens: int) -> Need:
     layers: dict[int, float] = {}
     for name in model.tensors:
         index = layer_index(name)
-        layers[index] = layers.get(index, 0.0) + model.loaded_bytes(name, dtype)
+        layers[index] = layers.get(index, 0.0) + tensor_bytes(model, name, dtype)
     rest = layers.pop(-1, 0.0)
     channels = model.config["hidden_size"]
     width = model.config[width_field(model.config) or "hidden_size"]

@@ -67,7 +67,15 @@ def hook_routers(
 
     for name, module in model.named_modules():
         if isinstance(module, target) and (called is None or f".{called}." in f".{name}."):
-            yield module.register_forward_hook(hook)
+            yield _scorer(module).register_forward_hook(hook)
+
+
+def _scorer(router: nn.Module) -> nn.Module:
+    """What makes a router's raw logits: its linear layer, where it has one; what it gives itself may be probabilities,
+    as in Gemma 4.
+    """
+    linear = [part for part in router.modules() if isinstance(part, nn.Linear)]
+    return linear[0] if len(linear) == 1 else router
 
 
 def trunk(model: PreTrainedModel) -> nn.Module:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import StageError
-from harness.models import layer_index, role
 from harness.plan import LayerPlan, Plan
+from harness.roles import layer_index, role
 
 if TYPE_CHECKING:
     from torch import nn

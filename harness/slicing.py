@@ -14,10 +14,11 @@ import numpy as np
 
 from harness import checkpoint, tensors
 from harness.errors import UserError
-from harness.models import Model, role
+from harness.models import Model
 from harness.nested import Budget, known_width_field
 from harness.plan import LayerPlan, Plan
 from harness.rewrite import UNITS_FIRST, UNITS_LAST
+from harness.roles import role
 from harness.tensors import Entry, Tensor
 
 

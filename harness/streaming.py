@@ -7,7 +7,7 @@ go through a layer while its weights are there, and whatever a model does betwee
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,13 @@ from transformers import PreTrainedModel
 from harness.errors import StageError, UserError
 from harness.finite import not_finite
 from harness.layer_files import Sources, by_layer, load, load_parameter
+from harness.loading import architecture
 from harness.memory import give_back
 from harness.models import Model
 from harness.parking import Parking, read, release, write
+from harness.read_ahead import reading_ahead
 from harness.seam import decoder, trunk
+from harness.tensors import Tensor as StoredTensor
 
 Batch = tuple[Tensor, Tensor]  # token ids and attention mask, both int64 [B, T]
 FORM = "form"  # name of a file beside saved states
@@ -34,13 +37,15 @@ FORM = "form"  # name of a file beside saved states
 class Streamed:
     """A model whose decoder layers are on the meta device but while they are needed.
 
-    layers: the decoder layers. sources: for each, by parameter, what it is loaded from.
+    layers: the decoder layers. sources: for each, by parameter, what it is loaded from. tensors: those of the
+    checkpoint.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
     sources: tuple[dict[str, Sources], ...]
     load_config: Any
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def layer_bytes(self) -> int:
@@ -49,7 +54,9 @@ class Streamed:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """In here the layer has its weights. Raises StageError if the checkpoint does not have them all."""
+        """In here the layer has its weights, and those of the next are read ahead. Raises StageError if the checkpoint
+        does not have them all.
+        """
         layer = self.layers[index]
         try:
             for name, sources in self.sources[index].items():
@@ -57,10 +64,17 @@ class Streamed:
             give_back()
             if missing := [name for name, tensor in layer.state_dict().items() if tensor.is_meta]:
                 raise StageError(f"The checkpoint has no {', '.join(missing[:3])} of layer {index}.")
-            yield layer
+            with reading_ahead(self._stored(index + 1)):
+                yield layer
         finally:
             _empty(layer)
             give_back()
+
+    def _stored(self, index: int) -> list[StoredTensor]:
+        """What the layer is loaded from, in the order of the files; nothing behind the last."""
+        sources = self.sources[index].values() if index < len(self.layers) else ()
+        found = [self.tensors[name] for each in sources for name in each.files]
+        return sorted(found, key=lambda tensor: (tensor.file, tensor.start))
 
 
 def open_streamed(model: Model, dtype: str) -> Streamed:
@@ -72,7 +86,7 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     # Read when oneDNN first computes. Every expert's number of tokens makes a kernel of its own, which is not needed
     # again; a thousand of them would take some hundred MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    kind, config = model.architecture
+    kind, config = architecture(model)
     found: dict[str, Any] = {}
 
     def load_the_rest(empty: PreTrainedModel, state: Any, files: list[str], load_config: Any) -> tuple[Any, None]:
@@ -96,7 +110,7 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
         local_files_only=True,
         use_safetensors=True,
     )
-    return Streamed(loaded.eval(), **found)
+    return Streamed(loaded.eval(), tensors=model.tensors, **found)
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.models import Model, role
+from harness.models import Model
 from harness.rewrite import decoded, is_bias
+from harness.roles import role
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 WIDTH = 32

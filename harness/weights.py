@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from harness.errors import UserError
-from harness.models import Model, role
+from harness.models import Model
 from harness.rewrite import MERGEABLE, decoded
+from harness.roles import role
 from harness.stats import WEIGHTS, LayerStats, Stats
 from harness.tensors import Tensor
 

@@ -28,11 +28,12 @@ from harness.calibrate import calibrate, calibrate_streamed
 from harness.decide import decide
 from harness.errors import StageError, UserError, log_tail_of
 from harness.masked import pruned
-from harness.models import Model, role
+from harness.models import Model
 from harness.parking import Parking
 from harness.plan import Plan
 from harness.probe import probe_tokens
 from harness.reference import expected
+from harness.roles import TABLE, role
 from harness.seam import hook_routers
 from harness.served import Weights
 from harness.store import Store
@@ -70,6 +71,14 @@ LATENT = {
 LINEAR = {
     "layer_types": ["linear_attention", FULL, "linear_attention"],
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+}  # fmt: skip
+INDEXED = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
+GEMMA = {
+    "enable_moe_block": True, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "sliding_attention", FULL],
 }  # fmt: skip
 
 
@@ -153,15 +162,34 @@ FAMILIES: dict[str, Family] = {
     "hy_v3": _family("tencent/Hy3-preview", first_k_dense_replace=1),
     "axk1": _family("skt/A.X-K1", **LATENT),
     "mellum": _family("JetBrains/Mellum2-12B-A2.5B-Base"),
+    "gemma4": _family("google/gemma-4-26B-A4B-it", **GEMMA),
+    "gemma4_text": _family("google/gemma-4-26B-A4B-it", **GEMMA),
+    "mistral4": _family(
+        "mistralai/Mistral-Small-4-119B-2603", kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=64, head_dim=128
+    ),
+    "deepseek_v4": _family("deepseek-ai/DeepSeek-V4-Flash-Base", mlp_layer_types=["moe"] * 3),
+    "glm5_next": _family(
+        "zai-org/GLM-5.3-Flash", qk_rope_head_dim=0, head_dim=0, linear_head_dim=32, linear_num_heads=2, index_topk=64,
+        index_n_heads=2, index_head_dim=32, index_kpool=4, mlp_layer_types=["dense", "sparse", "sparse"],
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+    ),
+    "minimax_m3_vl": _family("MiniMaxAI/MiniMax-M3"),
+    "qwen4_exp": _family("Qwen/Qwen4-Exp", **INDEXED, **LINEAR),
+    "qwen4_exp_text": _family("Qwen/Qwen4-Exp", **INDEXED, **LINEAR),
+    "hy_v4": _family("tencent/Hy4-preview"),
+    "axk2": _family("skt/A.X-K2", **LATENT),
+    "granitemoe_swa": _family("ibm-granite/granite-swash-3b-a600m", intermediate_size=32),
+    "aria_text": _family("rhymes-ai/Aria"),
 }  # fmt: skip
 
 
-def tiny_config(kind: str) -> PreTrainedConfig:
-    """The architecture's config with tiny sizes; of one that also sees, of both parts."""
+def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """The architecture's config with tiny sizes; of one that also sees, of both parts. changes: further fields."""
     usual = CONFIG_MAPPING[kind]()
+    changes = {**FAMILIES[kind].changes, **changes}
     if "text_config" not in usual.sub_configs:
-        return CONFIG_MAPPING[kind](**{**_known(usual, SIZES), **FAMILIES[kind].changes})
-    text = {**_known(usual.get_text_config(), SIZES), **FAMILIES[kind].changes}
+        return CONFIG_MAPPING[kind](**{**_known(usual, SIZES), **changes})
+    text = {**_known(usual.get_text_config(), SIZES), **changes}
     seeing = usual.vision_config and _known(usual.vision_config, VISION)
     return CONFIG_MAPPING[kind](text_config=text, vision_config=seeing)
 
@@ -171,16 +199,19 @@ def _known(config: PreTrainedConfig, sizes: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in sizes.items() if name in names}
 
 
-def write_model(kind: str, folder: Path) -> Model:
-    """A random one on disk, whose greedy answers vary."""
+def write_model(kind: str, folder: Path, **changes: Any) -> Model:
+    """A random one on disk, whose greedy answers vary; with these fields of its config changed."""
     torch.manual_seed(0)
-    config = tiny_config(kind)
-    group = AutoModelForImageTextToText if "text_config" in config.sub_configs else AutoModelForCausalLM
+    config = tiny_config(kind, **changes)
+    is_text = "text_config" not in config.sub_configs and type(config) in AutoModelForCausalLM._model_mapping
+    group = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     model = group.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 torch.nn.init.normal_(buffer, std=0.2)
+            elif name.endswith(TABLE):
+                buffer.copy_(torch.rand(len(buffer), EXPERTS).argsort(dim=1)[:, : buffer.shape[1]])
     folder.mkdir()
     model.save_pretrained(folder)
     write_tokenizer(folder)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from harness import seam
+from harness.calibrate import calibrate
+from harness.errors import UserError
 from harness.models import ROOT
-from tests.architectures import FAMILIES, row, table
+from tests.architectures import FAMILIES, batches, row, table, write_model
 
+LOGITS = frozenset({"logit_gram"})
 ROWS = table((ROOT / "docs" / "architectures.md").read_text())
 
 
@@ -24,3 +30,12 @@ def test_calibrated_planned_exported_and_read_again(kind: str) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_served_by_vllm_as_the_page_says(kind: str) -> None:
     assert row(kind, with_engine=True)["vLLM CPU"] == ROWS[kind]["vLLM CPU"]
+
+
+def test_probabilities_are_not_taken_for_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's routers record what softmax makes of their logits; the linear layer inside gives the logits."""
+    model = write_model("gemma4_text", tmp_path / "model").load("auto")
+    assert calibrate(model, batches(), LOGITS).layers[0]["logit_gram"].min() < 0
+    monkeypatch.setattr(seam, "_scorer", lambda router: router)
+    with pytest.raises(UserError, match="layer 0: what transformers records as the router's logits are probabilities"):
+        calibrate(model, batches(), LOGITS)

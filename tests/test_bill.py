@@ -183,16 +183,27 @@ def test_a_larger_batch_makes_answers_cheaper_and_a_smaller_model_too() -> None:
     assert hours("method=reap", "ratio=0.5", "calibration.held_out=0") < hours("method=none")
 
 
+def pass_of(*asked: str) -> estimate.Pass:
+    sweep = expand([*asked, "calibration=evol_codealpaca"])
+    (found,) = estimate.passes(sweep, [Estimate.of(cell, sweep.store) for cell in sweep.cells])
+    return found
+
+
 def test_the_pass_that_runs_every_expert_costs_more() -> None:
-    routed, every = (
-        estimate.passes(sweep, [Estimate.of(cell, sweep.store) for cell in sweep.cells])
-        for sweep in (
-            expand(["model=qwen3_30b_a3b", f"method={name}", "calibration=evol_codealpaca"])
-            for name in ("reap", "hc_smoe")
-        )
+    tokens = 1024 * 2048
+    routed, some, every = (
+        pass_of("model=qwen3_30b_a3b", method, f"calibration.all_expert_tokens={count}")
+        for method, count in (("method=reap", 65536), ("method=hc_smoe", 65536), ("method=hc_smoe", tokens))
     )
-    assert routed[0].tokens == every[0].tokens == 1024 * 2048
-    assert every[0].hours > 2 * routed[0].hours and every[0].disk > routed[0].disk
+    assert {one.tokens for one in (routed, some, every)} == {tokens}
+    assert routed.hours < some.hours < 1.2 * routed.hours and every.hours > 3 * routed.hours
+    assert every.disk == some.disk > routed.disk
+
+
+def test_a_model_of_any_size_is_calibrated_on_one_gpu() -> None:
+    """In 16 bits Kimi-K2 takes 2 TB, and a layer of it 34 GB."""
+    found = pass_of("model=kimi_k2", "method=reap")
+    assert found.gpus == 1 and 2000e9 < found.memory.whole < 2200e9 and 30e9 < found.memory.one_layer < 60e9
 
 
 @pytest.mark.parametrize(("nbytes", "count"), [(1, 1), (71e9, 1), (73e9, 2), (150e9, 4), (547e9, 8), (600e9, 16)])

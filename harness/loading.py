@@ -1,0 +1,113 @@
+"""A checkpoint as a model in memory: transformers' own class, in plain floating point, if there is room for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import StageError, UserError
+from harness.models import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DEQUANTISED = ("fp8", "mxfp4")  # quantisations that transformers undoes when it loads a model
+SCALES = ("_scale_inv", "_scales", ".weight_scale")  # endings of tensors that go into others then
+
+
+def quantisation(model: Model) -> str | None:
+    """How the weights are quantised, by transformers' name of it; None if they are not."""
+    found = model.config.get("quantization_config")
+    return str(found.get("quant_method")) if isinstance(found, dict) else None
+
+
+def config_to_compute(model: Model) -> PreTrainedConfig:
+    """The config to load the model with: in plain floating point, also where the checkpoint is quantised.
+
+    Raises UserError for a quantisation that cannot be undone here.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=model.runs_code)
+    method = quantisation(model)
+    if method is None:
+        return config
+    if method not in DEQUANTISED:
+        raise UserError(
+            f"model {model.name!r} is quantised ({method}), and only {' and '.join(DEQUANTISED)} can be computed with "
+            "here. It can be pruned as it is by a plan that was made of the model in 16 bits: "
+            "./bench export plan=<file>."
+        )
+    config.quantization_config["dequantize"] = True
+    return config
+
+
+def architecture(model: Model) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """transformers' class that reads text and answers, and its config: of a model that also sees, the part that reads
+    text if it has a class of its own, else the whole. Raises UserError if transformers has none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = config_to_compute(model)
+    for group in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        kind: Any = group._model_mapping.get(type(config), None)
+        if kind is not None:
+            kind = kind[0] if isinstance(kind, tuple) else kind
+            is_part = kind.config_class is config.sub_configs.get("text_config")
+            return kind, config.get_text_config() if is_part else config
+    raise UserError(f"model {model.name!r}: transformers has no {config.model_type!r} that reads text and answers.")
+
+
+def tensor_bytes(model: Model, name: str, dtype: str) -> float:
+    """What a tensor of the checkpoint takes, when the model is in memory in this type."""
+    tensor, method = model.tensors[name], quantisation(model)
+    if method is not None and name.endswith(SCALES):
+        return 0.0
+    packed = 2 if method == "mxfp4" and name.endswith("_blocks") else 1  # numbers in a byte
+    numbers = tensor.elements * packed
+    return 4.0 * numbers if dtype == "float32" else max(2.0 * numbers, tensor.nbytes)
+
+
+def model_bytes(model: Model, dtype: str) -> float:
+    """What the whole model takes."""
+    return sum(tensor_bytes(model, name, dtype) for name in model.tensors)
+
+
+def check_memory(model: Model, dtype: str) -> None:
+    """Raise StageError if the whole model does not fit into the memory that is free."""
+    from harness.memory import free
+
+    needed, there = model_bytes(model, dtype), free()
+    if needed > there:
+        raise StageError(
+            f"The whole of {model.name} would have to be in memory, {needed / 2**30:.1f} GiB in {dtype}, and "
+            f"{there / 2**30:.1f} GiB are free. What goes layer by layer needs no more than its largest layer: "
+            "statistics, the plans that follow from them, and exports."
+        )
+
+
+def load(model: Model, dtype: str, gpu: float | None = None) -> PreTrainedModel:
+    """The model in memory (on the GPUs, if any). dtype: ``auto``, ``float32`` or ``bfloat16``. gpu: bytes that may be
+    taken of each GPU; None: what is free.
+
+    Raises StageError if it does not fit.
+    """
+    model.check_code()
+    check_memory(model, dtype)
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the pass over the tokens has one of its own
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": "auto" if torch.cuda.is_available() else None,
+        "local_files_only": True,
+        "use_safetensors": True,  # where both are there, pickles are not even looked at
+    }
+    if gpu is not None and torch.cuda.is_available():
+        given["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), int(gpu))
+    if model.runs_code:  # the class may be the checkpoint's own
+        given |= {"config": config_to_compute(model), "trust_remote_code": True}
+        return AutoModelForCausalLM.from_pretrained(model.folder, **given).eval()
+    kind, config = architecture(model)
+    return kind.from_pretrained(model.folder, config=config, **given).eval()
