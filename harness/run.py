@@ -19,14 +19,14 @@ from harness.commandline import checked, refuse_politely
 from harness.errors import during
 from harness.host import without_secrets
 from harness.interrupt import interruptible, leave
-from harness.plan import Plan, from_json
-from harness.progress import Progress, await_turn, taken
-from harness.serve import release
+from harness.plan import Plan
+from harness.progress import Progress
 from harness.shown import shown, summary
 from harness.spec import Cell
 from harness.stats import Stats
 from harness.store import Store, say
 from harness.sweep import Sweep
+from harness.turns import take_turns
 
 
 def prepare(cell: Cell, store: Store) -> tuple[Stats, Plan]:
@@ -64,58 +64,8 @@ def run(cell: Cell, store: Store, run_id: str = "") -> None:
 
 
 def run_all(cells: Iterable[Cell], store: Store, run_id: str) -> None:
-    """Prepare every cell before the first engine takes the memory, then take each to its records, or to the record of
-    why it has none.
-
-    Any number of workers may do this with the same cells at once: a cell that another is at is left to it, and looked
-    at again when nothing else is left.
-    """
-    waiting = list(cells)
-    prepared: set[Cell] = set()
-    while waiting:
-        for cell in waiting:
-            if cell not in prepared:
-                with taken(cell, "preparing", run_id, store) as mine:
-                    if mine:
-                        try_to_prepare(cell, store, run_id)
-                        prepared.add(cell)
-        tried = set()
-        for cell in waiting:
-            with taken(cell, "scoring", run_id, store) as mine:
-                if mine and cell in prepared:
-                    if not was_tried(cell, store, run_id):
-                        run(cell, store, run_id)
-                    tried.add(cell)
-        waiting = [cell for cell in waiting if cell not in tried]
-        if waiting and not tried:
-            await_turn(waiting[0], store)
-
-
-def try_to_prepare(cell: Cell, store: Store, run_id: str) -> None:
-    """Prepare a cell; if that fails, its records say so, and it is not tried a second time."""
-    if was_tried(cell, store, run_id):
-        return
-    if not is_prepared(cell, store):
-        release()  # an engine that is kept from another cell: its worker is gone that was to prepare this one
-    failures: dict[str, scoring.Failure] = {}
-    with scoring.noting(failures, cell.tasks):
-        prepare(cell, store)
-    for task in cell.tasks if failures else ():
-        scoring.record(cell, None, None, task, failures[task.name], store, run_id)
-
-
-def is_prepared(cell: Cell, store: Store) -> bool:
-    """Whether the plan, what recovery makes of it and its errors are there."""
-    file = stages.plan_file(cell, store)
-    if not file.exists() or (cell.measures_errors and not store.path("errors", cell.errors_name).exists()):
-        return False
-    return cell.recovery is None or stages.remade_folder(cell, from_json(file.read_text()), store).exists()
-
-
-def was_tried(cell: Cell, store: Store, run_id: str) -> bool:
-    """Whether nothing is left to do for a cell in this run: all is done, or its records are of this run."""
-    records = (store.read_json("records", cell.record_name(task)) for task in cell.tasks)
-    return scoring.all_done(cell, store) or all(found and found.get("run") == run_id for found in records)
+    """Take each cell to its records, or to the record of why it has none; others may be at the same cells."""
+    take_turns(cells, store, run_id, prepare, run)
 
 
 @refuse_politely
