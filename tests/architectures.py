@@ -182,11 +182,18 @@ FAMILIES: dict[str, Family] = {
     "aria_text": _family("rhymes-ai/Aria"),
 }  # fmt: skip
 
+# Those that are not, and the words of the refusal.
+REFUSED: dict[str, tuple[Family, str]] = {
+    "inkling_text": (_family("thinkingmachines/Inkling"), "not one row for each of the 8 experts"),
+    "zaya": (_family("Zyphra/ZAYA1-8B", num_experts_per_tok=1), "there is no router tensor"),
+}
+
 
 def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
     """The architecture's config with tiny sizes; of one that also sees, of both parts. changes: further fields."""
     usual = CONFIG_MAPPING[kind]()
-    changes = {**FAMILIES[kind].changes, **changes}
+    family = FAMILIES[kind] if kind in FAMILIES else REFUSED[kind][0]
+    changes = {**family.changes, **changes}
     if "text_config" not in usual.sub_configs:
         return CONFIG_MAPPING[kind](**{**_known(usual, SIZES), **changes})
     text = {**_known(usual.get_text_config(), SIZES), **changes}
@@ -310,9 +317,13 @@ class Trial:
         return model(input_ids=batches()[0][0], use_cache=False).logits
 
     def serve(self) -> str:
-        """What vLLM's CPU build makes of the exported checkpoint."""
-        known = expected(self.pruned.load("auto"), Plan({}), probe_tokens(str(self.pruned.folder)))
-        weights = Weights(self.pruned.folder, expected=known)
+        """What vLLM's CPU build makes of the exported checkpoint; if it differs, of the original too."""
+        found = self._served(self.pruned)
+        return f"{found}; unpruned, {self._served(self.model)}" if found.startswith("differs") else found
+
+    def _served(self, model: Model) -> str:
+        known = expected(model.load("auto"), Plan({}), probe_tokens(str(model.folder)))
+        weights = Weights(model.folder, expected=known)
         found = ""
         for dtype, name in (("float32", "equal"), ("bfloat16", "equal in 16 bits")):
             try:

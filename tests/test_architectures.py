@@ -8,9 +8,10 @@ import pytest
 
 from harness import seam
 from harness.calibrate import calibrate
+from harness.checkpoint import check_structure
 from harness.errors import UserError
 from harness.models import ROOT
-from tests.architectures import FAMILIES, batches, row, table, write_model
+from tests.architectures import FAMILIES, REFUSED, batches, row, table, write_model
 
 LOGITS = frozenset({"logit_gram"})
 ROWS = table((ROOT / "docs" / "architectures.md").read_text())
@@ -30,6 +31,12 @@ def test_calibrated_planned_exported_and_read_again(kind: str) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_served_by_vllm_as_the_page_says(kind: str) -> None:
     assert row(kind, with_engine=True)["vLLM CPU"] == ROWS[kind]["vLLM CPU"]
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_router_without_a_row_per_expert_is_refused_before_any_work(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=REFUSED[kind][1]):
+        check_structure(write_model(kind, tmp_path / "model"))
 
 
 def test_probabilities_are_not_taken_for_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
