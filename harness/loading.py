@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.compressed import BESIDE, METHOD, Compression
 from harness.errors import StageError, UserError
 from harness.models import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DEQUANTISED = ("fp8", "mxfp4")  # quantisations that transformers undoes when it loads a model
-SCALES = ("_scale_inv", "_scales", ".weight_scale")  # endings of tensors that go into others then
+DEQUANTISED = ("fp8", "mxfp4", METHOD)  # quantisations that transformers undoes when it loads a model
+SCALES = ("_scale_inv", "_scales", *(f".weight{ending}" for ending in BESIDE))  # endings of what goes into others then
+
+
+SAME_ARCHITECTURE = {"kimi_k2": "deepseek_v3"}  # model types that only the checkpoint's own code knows by that name
 
 
 def quantisation(model: Model) -> str | None:
@@ -20,25 +24,43 @@ def quantisation(model: Model) -> str | None:
     return str(found.get("quant_method")) if isinstance(found, dict) else None
 
 
+def compression(model: Model) -> Compression | None:
+    """How its weights are packed, if the compressed-tensors library did it."""
+    return Compression(model.config["quantization_config"]) if quantisation(model) == METHOD else None
+
+
 def config_to_compute(model: Model) -> PreTrainedConfig:
     """The config to load the model with: in plain floating point, also where the checkpoint is quantised.
 
     Raises UserError for a quantisation that cannot be undone here.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=model.runs_code)
+    config = _config(model)
     method = quantisation(model)
     if method is None:
         return config
     if method not in DEQUANTISED:
         raise UserError(
-            f"model {model.name!r} is quantised ({method}), and only {' and '.join(DEQUANTISED)} can be computed with "
+            f"model {model.name!r} is quantised ({method}), and only {', '.join(DEQUANTISED)} can be computed with "
             "here. It can be pruned as it is by a plan that was made of the model in 16 bits: "
             "./bench export plan=<file>."
         )
     config.quantization_config["dequantize"] = True
     return config
+
+
+def _config(model: Model) -> PreTrainedConfig:
+    """By transformers' own class wherever it has the architecture, also where the checkpoint brings code that may run:
+    what that computes goes through no interface by which experts could be observed.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = SAME_ARCHITECTURE.get(model.model_type, model.model_type)
+    if kind in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[kind].from_pretrained(model.folder, local_files_only=True)
+        config.model_type = kind  # by which transformers knows how tensors become parameters
+        return config
+    return AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=model.runs_code)
 
 
 def architecture(model: Model) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -62,8 +84,11 @@ def tensor_bytes(model: Model, name: str, dtype: str) -> float:
     tensor, method = model.tensors[name], quantisation(model)
     if method is not None and name.endswith(SCALES):
         return 0.0
-    packed = 2 if method == "mxfp4" and name.endswith("_blocks") else 1  # numbers in a byte
-    numbers = tensor.elements * packed
+    numbers = tensor.elements
+    if method == "mxfp4" and name.endswith("_blocks"):
+        numbers *= 2
+    elif name.endswith(".weight_packed") and (packing := compression(model)) is not None:
+        numbers *= packing.numbers(name.removesuffix("_packed"))
     return 4.0 * numbers if dtype == "float32" else max(2.0 * numbers, tensor.nbytes)
 
 
@@ -89,7 +114,7 @@ def load(model: Model, dtype: str, gpu: float | None = None) -> PreTrainedModel:
     """The model in memory (on the GPUs, if any). dtype: ``auto``, ``float32`` or ``bfloat16``. gpu: bytes that may be
     taken of each GPU; None: what is free.
 
-    Raises StageError if it does not fit.
+    Raises StageError if it does not fit, or the files do not hold all of it.
     """
     model.check_code()
     check_memory(model, dtype)
@@ -106,8 +131,21 @@ def load(model: Model, dtype: str, gpu: float | None = None) -> PreTrainedModel:
     }
     if gpu is not None and torch.cuda.is_available():
         given["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), int(gpu))
-    if model.runs_code:  # the class may be the checkpoint's own
-        given |= {"config": config_to_compute(model), "trust_remote_code": True}
-        return AutoModelForCausalLM.from_pretrained(model.folder, **given).eval()
+    config = config_to_compute(model)
+    if type(config).__module__.startswith("transformers_modules."):  # an architecture that only its own code has
+        return from_files(AutoModelForCausalLM, model, config=config, trust_remote_code=True, **given)
     kind, config = architecture(model)
-    return kind.from_pretrained(model.folder, config=config, **given).eval()
+    return from_files(kind, model, config=config, **given)
+
+
+def from_files(kind: Any, model: Model, **given: Any) -> PreTrainedModel:
+    """What a class of transformers makes of the checkpoint. Raises StageError for parameters that it finds no tensor
+    for: it would fill them with random numbers.
+    """
+    loaded, found = kind.from_pretrained(model.folder, output_loading_info=True, **given)
+    if missing := sorted(found["missing_keys"]):
+        raise StageError(
+            f"{model.name}: transformers finds nothing in the files for {len(missing)} parameters of "
+            f"{type(loaded).__name__}, such as {missing[0]}, and would make them up."
+        )
+    return loaded.eval()

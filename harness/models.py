@@ -98,6 +98,11 @@ class Model:
         """config.json as it stands, with the fields of a nested text_config on top."""
         return {name: value for level in self._levels for name, value in level.items()}
 
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture; of one that also sees, of the whole."""
+        return str(self._levels[0].get("model_type"))
+
     @cached_property
     def _levels(self) -> tuple[dict[str, Any], ...]:
         """config.json, and the text_config nested in it, if there is one."""

@@ -7,7 +7,7 @@ go through a layer while its weights are there, and whatever a model does betwee
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from harness.errors import StageError, UserError
 from harness.finite import not_finite
-from harness.layer_files import Sources, by_layer, load, load_parameter
-from harness.loading import architecture
+from harness.layer_files import Files, Sources, by_layer, load, load_parameter
+from harness.loading import architecture, compression, from_files
 from harness.memory import give_back
 from harness.models import Model
 from harness.parking import Parking, read, release, write
@@ -37,15 +37,14 @@ FORM = "form"  # name of a file beside saved states
 class Streamed:
     """A model whose decoder layers are on the meta device but while they are needed.
 
-    layers: the decoder layers. sources: for each, by parameter, what it is loaded from. tensors: those of the
-    checkpoint.
+    layers: the decoder layers. sources: for each, by parameter, what of the files it is loaded from.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
     sources: tuple[dict[str, Sources], ...]
     load_config: Any
-    tensors: Mapping[str, StoredTensor]
+    files: Files
 
     @property
     def layer_bytes(self) -> int:
@@ -60,7 +59,7 @@ class Streamed:
         layer = self.layers[index]
         try:
             for name, sources in self.sources[index].items():
-                load_parameter(self.model, name, sources, self.load_config)
+                load_parameter(self.model, self.files, name, sources, self.load_config)
             give_back()
             if missing := [name for name, tensor in layer.state_dict().items() if tensor.is_meta]:
                 raise StageError(f"The checkpoint has no {', '.join(missing[:3])} of layer {index}.")
@@ -73,28 +72,32 @@ class Streamed:
     def _stored(self, index: int) -> list[StoredTensor]:
         """What the layer is loaded from, in the order of the files; nothing behind the last."""
         sources = self.sources[index].values() if index < len(self.layers) else ()
-        found = [self.tensors[name] for each in sources for name in each.files]
+        found = [stored for each in sources for name in each.names for stored in self.files.stored(name)]
         return sorted(found, key=lambda tensor: (tensor.file, tensor.start))
 
 
 def open_streamed(model: Model, dtype: str) -> Streamed:
     """The model with everything but its decoder layers in memory (on the GPU, if there is one).
 
-    Raises UserError for an architecture that transformers does not have, or whose layers are not found.
+    Raises UserError for an architecture that transformers does not have, or whose layers are not found, StageError if
+    the files do not hold all of it.
     """
     model.check_code()
     # Read when oneDNN first computes. Every expert's number of tokens makes a kernel of its own, which is not needed
     # again; a thousand of them would take some hundred MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     kind, config = architecture(model)
+    files = Files(model.tensors, compression(model))
+    if files.compression is not None:
+        del config.quantization_config  # unpacked as it is read, so that transformers sees plain weights
     found: dict[str, Any] = {}
 
-    def load_the_rest(empty: PreTrainedModel, state: Any, files: list[str], load_config: Any) -> tuple[Any, None]:
+    def load_the_rest(empty: PreTrainedModel, state: Any, names: list[str], load_config: Any) -> tuple[Any, None]:
         """In place of transformers' own loading, with the same preparations: all but the layers."""
         path, layers = _decoder_layers(empty)
-        sources, rest = by_layer(empty, path, len(layers), files, load_config, model.extra_heads)
+        sources, rest = by_layer(empty, path, len(layers), files, load_config)
         found.update(layers=layers, sources=tuple(sources), load_config=load_config)
-        info = load(empty, rest, load_config)
+        info = load(empty, files, rest, load_config)
         info.missing_keys = {name for name in info.missing_keys if not name.startswith(f"{path}.")}
         for parameter in layers.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing else is to fill it
@@ -102,15 +105,16 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
 
     own = {"_load_pretrained_model": staticmethod(load_the_rest), "__module__": kind.__module__}
     streaming: Any = type(kind.__name__, (kind,), own)
-    loaded = streaming.from_pretrained(
-        model.folder,
+    loaded = from_files(
+        streaming,
+        model,
         config=config,
         dtype=dtype,
         device_map={"": torch.cuda.current_device()} if torch.cuda.is_available() else None,
         local_files_only=True,
         use_safetensors=True,
     )
-    return Streamed(loaded.eval(), tensors=model.tensors, **found)
+    return Streamed(loaded, files=files, **found)
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

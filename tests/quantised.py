@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,6 +46,59 @@ def to_mxfp4(source: Path, target: Path) -> Path:
             found[name] = tensor.bfloat16()
     ignored = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     return _write(source, target, found, {"quant_method": "mxfp4", "modules_to_not_convert": ignored})
+
+
+def to_w4a16(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in 4 bits, eight to an int32, with a bfloat16 scale for each 32 of a row: the
+    format of compressed-tensors that Kimi-K2's W4A16 checkpoint has.
+    """
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    return _compressed(source, target, _packed, "pack-quantized", weights)
+
+
+def to_fp8_rows(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in E4M3, with a scale per row: compressed-tensors' FP8-dynamic."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    return _compressed(source, target, _fp8_rows, "float-quantized", weights)
+
+
+def _compressed(
+    source: Path,
+    target: Path,
+    compress: Callable[[Tensor], dict[str, Tensor]],
+    format_name: str,
+    weights: dict[str, object],
+) -> Path:
+    found: dict[str, Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight") and tensor.dim() == 2:
+            found |= {f"{name}{ending}": part for ending, part in compress(tensor).items()}
+        else:
+            found[name] = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+    group = {"targets": ["Linear"], "weights": weights, "format": format_name}
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": format_name,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*_with_mqa$"],
+    }
+    return _write(source, target, found, quantisation)
+
+
+def _packed(weight: Tensor) -> dict[str, Tensor]:
+    rows, columns = weight.shape
+    groups = weight.view(rows, columns // 32, 32).float()
+    scale = (groups.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 7.5).bfloat16()
+    codes = ((groups / scale.float()).round().clamp(-8, 7) + 8).view(rows, columns // 8, 8).long()
+    packed = (codes << 4 * torch.arange(8)).sum(dim=-1)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    return {"_packed": packed, "_scale": scale.squeeze(-1), "_shape": torch.tensor([rows, columns])}
+
+
+def _fp8_rows(weight: Tensor) -> dict[str, Tensor]:
+    scale = (weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / FP8_MAX).bfloat16()
+    return {"": (weight / scale.float()).to(torch.float8_e4m3fn), "_scale": scale}
 
 
 def _fp8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import checkpoint, inventory, tensors
-from harness.errors import UserError
+from harness.errors import StageError, UserError
 from harness.models import ROOT, Model
 from harness.plan import LayerPlan, Plan
+from harness.streaming import open_streamed
 from harness.tokenizer import tokenizer_of
 from tests.conftest import EXPERTS, write_model
+from tests.test_streaming import streamed
 
 KEPT = 5
 WEIGHTS = "model.safetensors"
@@ -525,3 +527,18 @@ def test_a_tokenizers_code_runs_if_and_only_if_the_model_may(
 def test_what_to_do_with_code_must_be_yes_or_no(glm: Model) -> None:
     with pytest.raises(UserError, match="trust_remote_code=maybe"):
         Model("glm", str(glm.folder), trust_remote_code="maybe").check_code()  # type: ignore[arg-type]
+
+
+def test_nothing_is_made_up_for_tensors_that_are_not_there(glm: Model, tmp_path: Path) -> None:
+    """transformers fills such parameters with random numbers, and says so in a log at most."""
+    folder = Path(shutil.copytree(glm.folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.self_attn.o_proj.weight"):
+        save_file({other: tensor for other, tensor in weights.items() if other != name}, folder / "model.safetensors")
+        with pytest.raises(StageError, match=f"nothing in the files for 1 parameters .* such as {name}"):
+            Model("glm", str(folder)).load("auto")
+    with pytest.raises(StageError, match=r"no model.layers.1.self_attn|no self_attn.o_proj.weight of layer 1"):
+        streamed(Model("glm", str(folder)), tmp_path, frozenset())
+    save_file({name: value for name, value in weights.items() if "norm.w" not in name}, folder / "model.safetensors")
+    with pytest.raises(StageError, match="nothing in the files for .* such as model.norm.weight"):
+        open_streamed(Model("glm", str(folder)), "auto")

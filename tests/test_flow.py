@@ -70,7 +70,7 @@ def test_a_new_method_uses_the_statistics_that_are_there(
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(finished[0], store)
-    done = bench(store, "method=ean", "suite=tiny_sums")
+    done = bench(store, "method=ean", "suite=tiny_sums", "serve=hf")
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
 
@@ -94,11 +94,21 @@ def test_recovered_and_sliced_models_go_through_the_same_flow(tmp_path: Path) ->
     assert temporary_files(store) == []
 
 
-def test_a_cell_that_fails_becomes_a_failed_record_and_the_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (["serve=hf", "serve.startup_timeout_s=0.5"], "startup_timeout_s"),
+        pytest.param(["serve.extra_args=[--no-such-argument]"], "no-such-argument", marks=pytest.mark.slow),
+    ],
+    ids=["transformers", "vllm"],
+)
+def test_a_cell_that_fails_becomes_a_failed_record_and_the_others_go_on(
+    tmp_path: Path, fault: list[str], words: str
+) -> None:
     store = tmp_path / "store"
-    done = bench(store, "method=none", "serve.extra_args=[--no-such-argument]")
+    done = bench(store, "method=none", *fault)
     assert done.returncode == 1
-    assert "✗" in done.stdout and "no-such-argument" in done.stdout
+    assert "✗" in done.stdout and words in done.stdout
     records = [json.loads(path.read_text()) for path in (store / "records").iterdir()]
     assert {record["status"] for record in records} == {"failed"} and len(records) == 3
     assert not any("metrics" in record for record in records)

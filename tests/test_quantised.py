@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,28 @@ from harness.errors import UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.room import need
-from tests.architectures import batches
-from tests.quantised import to_fp8, to_mxfp4
+from tests.architectures import batches, write_model
+from tests.quantised import to_fp8, to_fp8_rows, to_mxfp4, to_w4a16
 from tests.test_streaming import same, streamed
 from tests.tiny_checkpoint import write_checkpoint
 
 KEPT = [0, 3, 4, 7]
-KINDS = {"qwen3_moe": to_fp8, "glm4_moe": to_fp8, "gpt_oss": to_mxfp4}
+KINDS = [
+    ("qwen3_moe", to_fp8),
+    ("glm4_moe", to_fp8),
+    ("gpt_oss", to_mxfp4),
+    ("glm4_moe", to_w4a16),
+    ("qwen3_moe", to_fp8_rows),
+]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS, ids=[f"{family} {to.__name__}" for family, to in KINDS])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     """A model in full precision, and quantised."""
-    folder = tmp_path_factory.mktemp(request.param)
-    plain = write_checkpoint(folder / "plain", family=request.param)
-    return Model("plain", str(plain)), Model("quantised", str(KINDS[request.param](plain, folder / "quantised")))
+    family, quantised = request.param
+    folder = tmp_path_factory.mktemp(quantised.__name__)
+    plain = write_checkpoint(folder / "plain", family=family)
+    return Model("plain", str(plain)), Model("quantised", str(quantised(plain, folder / "quantised")))
 
 
 def pruned(model: Model, folder: Path) -> Model:
@@ -64,7 +72,7 @@ def test_kept_experts_and_scales_are_copied_bit_for_bit(both: tuple[Model, Model
         assert new.dtype == old.dtype and new.shape == (len(KEPT), *old.shape[1:])
         assert new.read() == b"".join(old.read()[size * row : size * (row + 1)] for row in KEPT)
     types = {tensor.dtype for name, tensor in made.tensors.items() if ".experts." in name}
-    assert types & {"F8_E4M3", "U8"}, "nothing was dequantised"
+    assert types & {"F8_E4M3", "U8", "I32"}, "nothing was dequantised"
     config = json.loads((made.folder / "config.json").read_text())
     assert (
         config["quantization_config"] == json.loads((model.folder / "config.json").read_text())["quantization_config"]
@@ -85,7 +93,8 @@ def test_it_is_calibrated_in_plain_numbers_whole_or_layer_by_layer(both: tuple[M
     """Near to the statistics of the original, and the same both ways."""
     plain, model = both
     loaded = model.load("auto")
-    assert {p.dtype for p in loaded.parameters()} <= {torch.bfloat16, torch.float32}
+    weights = (p for name, p in loaded.named_parameters() if not name.endswith("_shape"))  # a library leaves that there
+    assert {p.dtype for p in weights} <= {torch.bfloat16, torch.float32}
     extras = frozenset({"logit_gram", "all_output_sum"})
     found = calibrate(loaded, batches(), extras)
     original = calibrate(plain.load("float32"), batches(), extras)
@@ -110,7 +119,7 @@ def test_experts_that_are_quantised_are_not_averaged(both: tuple[Model, Model], 
     model = both[1]
     merged = LayerPlan.merge([[0, 1], [2], [3], [4], [5], [6], [7]], [1.0] * 8)
     (tmp_path / "merged").mkdir()
-    with pytest.raises(UserError, match="Experts stored as (F8_E4M3|U8) cannot be averaged"):
+    with pytest.raises(UserError, match="Experts stored as (F8_E4M3|U8|I64) cannot be averaged"):
         checkpoint.export(model, Plan(dict.fromkeys(model.experts, merged)), tmp_path / "merged")
 
 
@@ -119,7 +128,7 @@ def test_another_quantisation_is_refused_with_what_can_be_done(tmp_path: Path) -
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantised .gptq., and only fp8 and mxfp4 .* plan=<file>"):
+    with pytest.raises(UserError, match="quantised .gptq., and only fp8, mxfp4, compressed-tensors .* plan=<file>"):
         Model("gptq", str(folder)).load("auto")
 
 
@@ -131,3 +140,22 @@ def test_the_scales_stand_beside_their_experts(tmp_path: Path) -> None:
     assert weight.dtype == torch.float8_e4m3fn
     assert "model.layers.0.mlp.experts.3.up_proj.weight_scale_inv" in names
     assert "model.layers.0.mlp.gate.weight_scale_inv" not in names
+
+
+def test_kimi_k2_is_a_deepseek_v3_in_four_bits_whatever_code_it_brings(tmp_path: Path) -> None:
+    """Its config.json has a model type that transformers does not know, and names code of its own."""
+    folder = to_w4a16(write_model("deepseek_v3", tmp_path / "plain").folder, tmp_path / "kimi")
+    twin = Model("deepseek", str(shutil.copytree(folder, tmp_path / "twin")))
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.Own"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2", "auto_map": code}))
+    (folder / "configuration_deepseek.py").write_text("raise AssertionError('it is not run')")
+    with pytest.raises(UserError, match="names Python code"):
+        Model("kimi", str(folder)).load("auto")
+    for allowed in (False, True):
+        model = Model("kimi", str(folder), trust_remote_code=allowed)
+        assert type(model.load("auto")).__name__ == "DeepseekV3ForCausalLM"
+    found = streamed(model, tmp_path / "a", frozenset())
+    assert same(found, streamed(twin, tmp_path / "b", frozenset()))
+    made = pruned(model, tmp_path / "pruned")
+    assert json.loads((made.folder / "config.json").read_text())["model_type"] == "kimi_k2"

@@ -43,6 +43,7 @@ def test_the_model_card_shows_the_finished_table_of_calibration_domains() -> Non
     assert "✗" not in table.split("\n\n")[0] and "—" not in table.split("\n\n")[0]
 
 
+@pytest.mark.slow
 def test_the_zoo_shows_every_method_at_every_ratio() -> None:
     arguments = ["docs/zoo.md", "sweep=zoo"]
     _, table, _ = readme.between_markers((ROOT / arguments[0]).read_text(), arguments)

@@ -1,0 +1,81 @@
+"""Weights that the compressed-tensors library has packed: several tensors in a file are one in the model.
+
+``up_proj.weight_packed``, ``.weight_scale`` and ``.weight_shape`` are ``up_proj.weight``, as are an FP8 ``.weight`` and
+its ``.weight_scale``. What they stand for is computed by the library itself, one weight at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+    from torch import Tensor
+
+METHOD = "compressed-tensors"  # as config.json calls it
+BESIDE = ("_scale", "_shape", "_zero_point", "_g_idx", "_global_scale")  # endings of what belongs to a packed weight
+_PART = re.compile(rf"^(?P<weight>.+\.weight)(?P<ending>_packed|{'|'.join(BESIDE)})?$")
+
+
+def parts_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The tensors of a checkpoint by the name that the model has for them: of each, its parts by their endings; one
+    with the ending "" is the tensor itself.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = _PART.match(name)
+        weight, ending = (match["weight"], match["ending"] or "") if match else (name, "")
+        found.setdefault(weight, {})[ending] = name
+    return found
+
+
+class Compression:
+    """How the weights of a checkpoint are packed. given: ``quantization_config`` of its config.json."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = given
+
+    @cached_property
+    def schemes(self) -> tuple[QuantizationScheme, ...]:
+        """Raises UserError if they are not as this version of the library has them."""
+        from compressed_tensors.quantization import QuantizationConfig
+
+        known = {name: value for name, value in self.given.items() if name in QuantizationConfig.model_fields}
+        try:
+            config = QuantizationConfig.model_validate(known)
+        except ValueError as error:
+            raise UserError(f"config.json's quantization_config is none of compressed-tensors: {error}") from error
+        for scheme in config.config_groups.values():
+            scheme.format = scheme.format or config.format
+        return tuple(config.config_groups.values())
+
+    def scheme(self, weight: str) -> QuantizationScheme:
+        """The one whose targets name a weight's module; a target that is a class is any linear layer."""
+        module = weight.removesuffix(".weight")
+        for scheme in self.schemes:
+            patterns = [target.removeprefix("re:") for target in scheme.targets if target.startswith("re:")]
+            if len(patterns) < len(scheme.targets) or any(re.match(pattern, module) for pattern in patterns):
+                return scheme
+        raise UserError(f"config.json's quantization_config does not say how {weight} is packed.")
+
+    def numbers(self, weight: str) -> int:
+        """In each int32 of its packed tensor."""
+        return 32 // self.scheme(weight).weights.num_bits
+
+    def unpack(self, weight: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight that is made of these parts by their endings, in the type of its scales."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.compressors.format import infer_module_format
+        from torch import nn
+
+        scheme = self.scheme(weight)
+        kind = scheme.format or infer_module_format(nn.Linear, scheme)
+        compressor = BaseCompressor.get_value_from_registry(getattr(kind, "value", kind))
+        named = {f"weight{ending}": part for ending, part in parts.items()}
+        made: Tensor = compressor.decompress(named, scheme)["weight"]
+        return made
