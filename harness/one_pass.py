@@ -21,7 +21,7 @@ from harness import stats
 from harness.errors import UserError
 from harness.loading import load
 from harness.provenance import provenance
-from harness.room import parked
+from harness.room import parked, taking_memory
 from harness.spec import Cell
 from harness.stats import Stats
 from harness.store import Store, key, say
@@ -189,11 +189,13 @@ def _observed(part: Part, extras: frozenset[str], store: Store, bar: tqdm) -> tu
 
     cell, text = part.cell, part.cell.calibration
     batches = list(packed_batches(part.ids, text.batch_size))
-    room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
-    if room is None:
-        model = load(cell.model, text.dtype, cell.max_memory.gpu_bytes)
+    with taking_memory():
+        room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
+        model = load(cell.model, text.dtype, cell.max_memory.gpu_bytes) if room is None else None
+    if model is not None:
         made = calibrate(model, _shown(batches, bar), extras, cell.routing, part.all_experts)
         return made.layers, {"layers": "all"}
+    assert room is not None
     name = key(**part.fields, extras=sorted(extras), batch_size=text.batch_size)
     unfinished = Unfinished(store, name)
     with store.workspace(f"states-{name}") as folder:

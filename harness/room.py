@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from harness.errors import StageError, UserError
 from harness.loading import tensor_bytes
@@ -101,6 +107,15 @@ class Parked:
 
     device: float
     host: float
+
+
+@contextmanager
+def taking_memory() -> Iterator[None]:
+    """In here this user's processes on this machine look one after the other at what is free and take it: two that
+    looked at once would both take the same.
+    """
+    with FileLock(Path(tempfile.gettempdir()) / f"moe-bench-memory-{os.getuid()}.lock"):
+        yield
 
 
 def parked(model: Model, dtype: str, tokens: int, allowed: MaxMemory) -> Parked | None:

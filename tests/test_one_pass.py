@@ -5,12 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 
-from harness import gather, memory, only_calibrate, room, stages, stats
+from harness import gather, memory, one_pass, only_calibrate, room, stages, stats
 from harness.errors import StageError, UserError
 from harness.models import ROOT, Model
 from harness.room import GIB, MaxMemory, need, parked
@@ -197,7 +201,9 @@ def test_what_cannot_be_gathered_is_refused(arguments: list[str], message: str, 
 
 KILLED = """
 import os, signal, sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 import harness.calibrate as calibrate
 from harness import unfinished
 from harness.models import Model
@@ -247,3 +253,29 @@ def test_killed_in_a_layer_it_goes_on_there_with_the_same_bytes(
         assert len(kept) == sum(each < layer for each in whole.layers), kept
         assert bool(list(folder.glob("store/unfinished/x-states-*"))) == (share > 0 and layer > 0)
     assert same(whole, layer_by_layer(model, folder))
+
+
+def test_processes_take_memory_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From looking at what is free to having it: else two would see the same and both take it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    met: list[str] = []
+
+    def is_alone() -> bool:
+        (lock,) = tmp_path.glob("moe-bench-memory-*.lock")
+        try:
+            with FileLock(lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            met.append(f"{name} {'alone' if is_alone() else 'beside others'}")
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(one_pass, "parked", noted("looks", one_pass.parked))
+    monkeypatch.setattr(one_pass, "load", noted("loads", one_pass.load))
+    gathered(tmp_path / "store")
+    assert met == ["looks alone", "loads alone"] and not is_alone()
