@@ -28,10 +28,9 @@ from harness.roles import layer_index
 from harness.routed import Routed
 from harness.seam import experts_run_through, hook_routers, trunk
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
-from harness.streaming import Passes, Streamed
+from harness.streaming import Batch, Passes, Streamed
 from harness.unfinished import Unfinished
 
-Batch = tuple[Tensor, Tensor]  # token ids and attention mask, both int64 [B, T]
 Batches = Iterable[Batch]
 
 
@@ -359,7 +358,7 @@ def _known(logits: Tensor | None) -> Tensor:
     return logits
 
 
-def packed_batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def packed_batches(tokens: np.ndarray, batch_size: int) -> Iterator[Batch]:
     """Split packed tokens [S, T] into batches for `calibrate`; packed sequences have no padding."""
     for start in range(0, len(tokens), batch_size):
         ids = torch.from_numpy(tokens[start : start + batch_size])

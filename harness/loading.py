@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import TYPE_CHECKING, Any
 
 from harness.compressed import BESIDE, METHOD, Compression
@@ -26,7 +28,14 @@ def quantisation(model: Model) -> str | None:
 
 def compression(model: Model) -> Compression | None:
     """How its weights are packed, if the compressed-tensors library did it."""
-    return Compression(model.config["quantization_config"]) if quantisation(model) == METHOD else None
+    if quantisation(model) != METHOD:
+        return None
+    return _compression(json.dumps(model.config["quantization_config"]))
+
+
+@functools.cache  # asked for each of a hundred thousand tensors
+def _compression(given: str) -> Compression:
+    return Compression(json.loads(given))
 
 
 def config_to_compute(model: Model) -> PreTrainedConfig:

@@ -30,7 +30,7 @@ from harness.unfinished import Unfinished
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from harness.calibrate import Batch
+    from harness.streaming import Batch
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from harness.benchmarks import random_checkpoint
 from harness.benchmarks.random_checkpoint import Size
-from harness.calibrate import Batch, calibrate, calibrate_streamed, packed_batches
+from harness.calibrate import calibrate, calibrate_streamed, packed_batches
 from harness.memory import forget_peak, peak
 from harness.models import Model
 from harness.parking import Parking
 from harness.seam import experts_run_through, trunk, use
 from harness.store import Store
-from harness.streaming import open_streamed
+from harness.streaming import Batch, open_streamed
 from harness.unfinished import Unfinished
 
 GB = 1e9

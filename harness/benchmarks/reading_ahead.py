@@ -24,7 +24,7 @@ import torch
 from harness import streaming
 from harness.benchmarks import random_checkpoint
 from harness.benchmarks.random_checkpoint import Size
-from harness.calibrate import Batch, calibrate_streamed, packed_batches
+from harness.calibrate import calibrate_streamed, packed_batches
 from harness.models import Model
 from harness.parking import Parking
 from harness.store import Store
@@ -39,7 +39,7 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds(model: Model, batches: list[Batch], is_ahead: bool) -> float:
+def seconds(model: Model, batches: list[streaming.Batch], is_ahead: bool) -> float:
     """Of one pass."""
     forget(model.folder)
     without = mock.patch.object(streaming, "reading_ahead", lambda tensors: contextlib.nullcontext())
