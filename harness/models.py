@@ -30,7 +30,8 @@ class Model:
     ``conf/domain/`` that experiments test it on, separated by commas. outline: the fields of its config.json that fix
     its size, and ``bytes`` per parameter of routed experts and of the rest, to know its size before it is here.
     trust_remote_code: what to do where a checkpoint brings Python code of its own. Unset, it is refused; false, the
-    code is never run and the libraries' own implementation of the architecture is used; true, transformers may run it.
+    code is never run and the libraries' own implementation of the architecture is used; true, the tokenizer's may run,
+    and the model's where transformers has no implementation of its own.
     """
 
     name: str
