@@ -55,11 +55,13 @@ class Compression:
         return tuple(config.config_groups.values())
 
     def scheme(self, weight: str) -> QuantizationScheme:
-        """The one whose targets name a weight's module; a target that is a class is any linear layer."""
+        """The one whose targets name a weight's module, else the one for linear layers in general."""
         module = weight.removesuffix(".weight")
         for scheme in self.schemes:
-            patterns = [target.removeprefix("re:") for target in scheme.targets if target.startswith("re:")]
-            if len(patterns) < len(scheme.targets) or any(re.match(pattern, module) for pattern in patterns):
+            if any(_names(target, module) for target in scheme.targets):
+                return scheme
+        for scheme in self.schemes:
+            if "Linear" in scheme.targets:
                 return scheme
         raise UserError(f"config.json's quantization_config does not say how {weight} is packed.")
 
@@ -79,3 +81,7 @@ class Compression:
         named = {f"weight{ending}": part for ending, part in parts.items()}
         made: Tensor = compressor.decompress(named, scheme)["weight"]
         return made
+
+
+def _names(target: str, module: str) -> bool:
+    return re.match(target[3:], module) is not None if target.startswith("re:") else target == module

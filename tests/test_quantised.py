@@ -14,6 +14,7 @@ from safetensors import safe_open
 from harness import checkpoint
 from harness.blocks import compress
 from harness.calibrate import calibrate
+from harness.compressed import Compression, parts_of
 from harness.errors import UserError
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
@@ -159,3 +160,31 @@ def test_kimi_k2_is_a_deepseek_v3_in_four_bits_whatever_code_it_brings(tmp_path:
     assert same(found, streamed(twin, tmp_path / "b", frozenset()))
     made = pruned(model, tmp_path / "pruned")
     assert json.loads((made.folder / "config.json").read_text())["model_type"] == "kimi_k2"
+
+
+def test_what_names_a_weight_comes_before_what_is_for_all_linear_layers() -> None:
+    """Whatever their order: experts in 4 bits, the rest in FP8."""
+    four = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    eight = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": eight},
+        "group_1": {"targets": [r"re:.*mlp\.experts\..*", "model.layers.0.mlp.up_proj"], "weights": four},
+    }
+    packing = Compression({"config_groups": groups, "format": "mixed-precision"})
+    prefix = "model.layers.0."
+    for name in ("mlp.experts.3.up_proj.weight", "mlp.up_proj.weight"):
+        assert packing.numbers(prefix + name) == 8
+    assert packing.scheme(prefix + "self_attn.q_proj.weight").weights.num_bits == 8
+    alone = Compression({"config_groups": {"group_1": groups["group_1"]}, "format": "pack-quantized"})
+    with pytest.raises(UserError, match=r"does not say how model.layers.0.self_attn.q_proj.weight is packed"):
+        alone.scheme(prefix + "self_attn.q_proj.weight")
+
+
+def test_parts_of_one_weight_are_found_by_their_names() -> None:
+    names = ["a.weight_packed", "a.weight_scale", "a.weight_shape", "b.weight", "b.weight_scale", "c.weight", "d.bias"]
+    assert parts_of(names) == {
+        "a.weight": {"_packed": "a.weight_packed", "_scale": "a.weight_scale", "_shape": "a.weight_shape"},
+        "b.weight": {"": "b.weight", "_scale": "b.weight_scale"},
+        "c.weight": {"": "c.weight"},
+        "d.bias": {"": "d.bias"},
+    }
