@@ -50,9 +50,15 @@ class Compression:
             config = QuantizationConfig.model_validate(known)
         except ValueError as error:
             raise UserError(f"config.json's quantization_config is none of compressed-tensors: {error}") from error
-        for scheme in config.config_groups.values():
+        found = tuple(scheme for scheme in config.config_groups.values() if scheme.weights is not None)
+        for scheme in found:
             scheme.format = scheme.format or config.format
-        return tuple(config.config_groups.values())
+        return found
+
+    def check(self) -> None:
+        """Raise UserError for what the library would not unpack as it was packed."""
+        for scheme in self.schemes:
+            _check(scheme)
 
     def scheme(self, weight: str) -> QuantizationScheme:
         """The one whose targets name a weight's module, else the one for linear layers in general."""
@@ -81,6 +87,20 @@ class Compression:
         named = {f"weight{ending}": part for ending, part in parts.items()}
         made: Tensor = compressor.decompress(named, scheme)["weight"]
         return made
+
+
+def _check(scheme: QuantizationScheme) -> None:
+    weights = scheme.weights
+    assert weights is not None
+    kind, strategy = getattr(weights.type, "value", weights.type), getattr(weights.strategy, "value", weights.strategy)
+    packed = kind == "int" and strategy in ("group", "channel") and 32 % weights.num_bits == 0
+    rows = kind == "float" and weights.num_bits == 8 and strategy in ("channel", "tensor")
+    if not packed and not rows:
+        raise UserError(
+            f"Its weights are {weights.num_bits}-bit {kind} numbers with scales by {strategy}, which cannot be "
+            "computed with here: of compressed-tensors, packed integers with scales by group or channel can, and FP8 by channel "
+            "or tensor. It can be pruned as it is by a plan that was made of the model in 16 bits."
+        )
 
 
 def _names(target: str, module: str) -> bool:

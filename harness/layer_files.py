@@ -42,6 +42,9 @@ class Files:
     def __init__(self, tensors: Mapping[str, StoredTensor], compression: Compression | None) -> None:
         self.tensors, self.compression = tensors, compression
         self.parts = parts_of(tensors) if compression is not None else {name: {"": name} for name in tensors}
+        for name, parts in self.parts.items():
+            if "" in parts and not tensors[name].dtype.startswith("F8"):
+                self.parts[name] = {"": name}  # whatever lies beside it, it is no quantised weight
 
     def stored(self, name: str) -> list[StoredTensor]:
         """What the tensor is made of."""
@@ -107,7 +110,7 @@ def by_layer(
     for name in files.parts:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         inside = re.match(rf"{re.escape(layers)}\.(\d+)\.", target if target in known else name)
-        if inside and int(inside[1]) < count:
+        if inside and int(inside[1]) < count and (target in known or pattern is not None):
             found[int(inside[1])].setdefault(target, Sources()).add(name, pattern, converters)
         else:
             rest.append(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.compressed import BESIDE, METHOD, Compression
@@ -13,11 +14,8 @@ from harness.models import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DEQUANTISED = ("fp8", "mxfp4", METHOD)  # quantisations that transformers undoes when it loads a model
+DEQUANTISED = ("fp8", "mxfp4", METHOD)  # quantisations that are undone when a model is loaded
 SCALES = ("_scale_inv", "_scales", *(f".weight{ending}" for ending in BESIDE))  # endings of what goes into others then
-
-
-SAME_ARCHITECTURE = {"kimi_k2": "deepseek_v3"}  # model types that only the checkpoint's own code knows by that name
 
 
 def quantisation(model: Model) -> str | None:
@@ -53,7 +51,12 @@ def config_to_compute(model: Model) -> PreTrainedConfig:
             "here. It can be pruned as it is by a plan that was made of the model in 16 bits: "
             "./bench export plan=<file>."
         )
-    config.quantization_config["dequantize"] = True
+    for part in (config.get_text_config(), config):  # it may stand in either
+        vars(part).pop("quantization_config", None)
+    if (packing := compression(model)) is None:
+        config.quantization_config = {**model.config["quantization_config"], "dequantize": True}
+    else:  # unpacked as it is read, so that transformers sees plain weights
+        packing.check()
     return config
 
 
@@ -64,7 +67,7 @@ def _config(model: Model) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = SAME_ARCHITECTURE.get(model.model_type, model.model_type)
+    kind = model.model_type
     if kind in CONFIG_MAPPING:
         config = CONFIG_MAPPING[kind].from_pretrained(model.folder, local_files_only=True)
         config.model_type = kind  # by which transformers knows how tensors become parameters
@@ -83,8 +86,12 @@ def architecture(model: Model) -> tuple[type[PreTrainedModel], PreTrainedConfig]
         kind: Any = group._model_mapping.get(type(config), None)
         if kind is not None:
             kind = kind[0] if isinstance(kind, tuple) else kind
-            is_part = kind.config_class is config.sub_configs.get("text_config")
-            return kind, config.get_text_config() if is_part else config
+            if kind.config_class is not config.sub_configs.get("text_config"):
+                return kind, config
+            part = config.get_text_config()
+            if (found := getattr(config, "quantization_config", None)) is not None:
+                part.quantization_config = found  # or its numbers would be taken for weights
+            return kind, part
     raise UserError(f"model {model.name!r}: transformers has no {config.model_type!r} that reads text and answers.")
 
 
@@ -119,8 +126,8 @@ def check_memory(model: Model, dtype: str) -> None:
         )
 
 
-def load(model: Model, dtype: str, gpu: float | None = None) -> PreTrainedModel:
-    """The model in memory (on the GPUs, if any). dtype: ``auto``, ``float32`` or ``bfloat16``. gpu: bytes that may be
+def load(model: Model, dtype: str, gpus: Sequence[float] | None = None) -> PreTrainedModel:
+    """The model in memory (on the GPUs, if any). dtype: ``auto``, ``float32`` or ``bfloat16``. gpus: bytes that may be
     taken of each GPU; None: what is free.
 
     Raises StageError if it does not fit, or the files do not hold all of it.
@@ -132,14 +139,18 @@ def load(model: Model, dtype: str, gpu: float | None = None) -> PreTrainedModel:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the pass over the tokens has one of its own
+    if compression(model) is not None:
+        from harness.streaming import open_streamed
+
+        return open_streamed(model, dtype).whole()
     given: dict[str, Any] = {
         "dtype": dtype,
         "device_map": "auto" if torch.cuda.is_available() else None,
         "local_files_only": True,
         "use_safetensors": True,  # where both are there, pickles are not even looked at
     }
-    if gpu is not None and torch.cuda.is_available():
-        given["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), int(gpu))
+    if gpus:
+        given["max_memory"] = {index: int(nbytes) for index, nbytes in enumerate(gpus)}
     config = config_to_compute(model)
     if type(config).__module__.startswith("transformers_modules."):  # an architecture that only its own code has
         return from_files(AutoModelForCausalLM, model, config=config, trust_remote_code=True, **given)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
+SAME_ARCHITECTURE = {"kimi_k2": "deepseek_v3"}  # model types that only the checkpoint's own code knows by that name
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Model:
     @property
     def model_type(self) -> str:
         """transformers' name of the architecture; of one that also sees, of the whole."""
-        return str(self._levels[0].get("model_type"))
+        name = str(self._levels[0].get("model_type"))
+        return SAME_ARCHITECTURE.get(name, name)
 
     @cached_property
     def _levels(self) -> tuple[dict[str, Any], ...]:

@@ -191,16 +191,17 @@ def _observed(part: Part, extras: frozenset[str], store: Store, bar: tqdm) -> tu
     batches = list(packed_batches(part.ids, text.batch_size))
     with taking_memory():
         room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
-        model = load(cell.model, text.dtype, cell.max_memory.gpu_bytes) if room is None else None
-    if model is not None:
+        if room is None:
+            model = load(cell.model, text.dtype, cell.max_memory.gpus_left() if cell.max_memory.gpu else None)
+        else:
+            opened = open_streamed(cell.model, text.dtype)
+    if room is None:
         made = calibrate(model, _shown(batches, bar), extras, cell.routing, part.all_experts)
         return made.layers, {"layers": "all"}
-    assert room is not None
     name = key(**part.fields, extras=sorted(extras), batch_size=text.batch_size)
     unfinished = Unfinished(store, name)
     with store.workspace(f"states-{name}") as folder:
         parking = Parking(room.device, room.host, folder)
-        opened = open_streamed(cell.model, text.dtype)
         made = calibrate_streamed(
             opened, batches, extras, cell.routing, parking, unfinished, part.all_experts, bar.update
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from harness.errors import StageError, UserError
-from harness.loading import tensor_bytes
+from harness.loading import compression, tensor_bytes
 from harness.models import Model
 from harness.roles import layer_index, width_field
 
@@ -38,11 +38,6 @@ class MaxMemory:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
                 raise UserError(f"max_memory.{name}={value} is no number of GiB above 0. null takes what is free.")
 
-    @property
-    def gpu_bytes(self) -> float | None:
-        """What each GPU may give."""
-        return None if self.gpu is None else self.gpu * GIB
-
     def ram_left(self) -> float:
         """Bytes that this process may still take."""
         free = SHARE * psutil.virtual_memory().available
@@ -55,7 +50,7 @@ class MaxMemory:
         if not torch.cuda.is_available():
             return []
         free = [SHARE * torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-        return free if self.gpu_bytes is None else [min(each, self.gpu_bytes) for each in free]
+        return free if self.gpu is None else [min(each, self.gpu * GIB) for each in free]
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,8 @@ def parked(model: Model, dtype: str, tokens: int, allowed: MaxMemory) -> Parked 
     Raises StageError if not even one layer fits.
     """
     needed, gpus, ram = need(model, dtype, tokens), allowed.gpus_left(), allowed.ram_left()
-    if needed.whole <= (sum(gpus) if gpus else ram):
+    several = gpus[:1] if compression(model) is not None else gpus  # what is unpacked here is put on one
+    if needed.whole <= (sum(several) if gpus else ram):
         return None
     left = (gpus[0] if gpus else ram) - needed.one_layer
     if left < 0:

@@ -58,16 +58,26 @@ class Streamed:
         """
         layer = self.layers[index]
         try:
-            for name, sources in self.sources[index].items():
-                load_parameter(self.model, self.files, name, sources, self.load_config)
-            give_back()
-            if missing := [name for name, tensor in layer.state_dict().items() if tensor.is_meta]:
-                raise StageError(f"The checkpoint has no {', '.join(missing[:3])} of layer {index}.")
+            self._load(index)
             with reading_ahead(self._stored(index + 1)):
                 yield layer
         finally:
             _empty(layer)
             give_back()
+
+    def whole(self) -> PreTrainedModel:
+        """The model with all of its layers in memory, to stay. Raises StageError as `loaded`."""
+        for index in range(len(self.layers)):
+            with reading_ahead(self._stored(index + 1)):
+                self._load(index)
+        return self.model
+
+    def _load(self, index: int) -> None:
+        for name, sources in self.sources[index].items():
+            load_parameter(self.model, self.files, name, sources, self.load_config)
+        give_back()
+        if missing := [name for name, tensor in self.layers[index].state_dict().items() if tensor.is_meta]:
+            raise StageError(f"The checkpoint has no {', '.join(missing[:3])} of layer {index}.")
 
     def _stored(self, index: int) -> list[StoredTensor]:
         """What the layer is loaded from, in the order of the files; nothing behind the last."""
@@ -88,8 +98,6 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     kind, config = architecture(model)
     files = Files(model.tensors, compression(model))
-    if files.compression is not None:
-        del config.quantization_config  # unpacked as it is read, so that transformers sees plain weights
     found: dict[str, Any] = {}
 
     def load_the_rest(empty: PreTrainedModel, state: Any, names: list[str], load_config: Any) -> tuple[Any, None]:

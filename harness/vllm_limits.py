@@ -26,12 +26,12 @@ def check_cpu(model: Model) -> None:
 
 
 def _architecture(model: Model) -> str | None:
-    kind = model.config.get("model_type")
-    if kind == "ernie4_5_moe" and _has_router_bias(model):
+    kinds = {model.model_type, model.config.get("model_type")}  # of the whole, and of the part that reads text
+    if "ernie4_5_moe" in kinds and _has_router_bias(model):
         return "its router leaves out the correction bias that this model has (1.1 nats per token from transformers)"
-    if kind == "minimax_m2":
+    if "minimax_m2" in kinds:
         return "its router knows no sigmoid scores without groups and stops with an AssertionError"
-    if kind in ("deepseek_v3", "deepseek_v32"):
+    if kinds & {"deepseek_v3", "deepseek_v32"}:
         return "its log-probabilities are 1.7 nats per token from those of transformers, of unknown cause"
     return None
 

@@ -76,6 +76,8 @@ def _compressed(
         else:
             found[name] = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
     group = {"targets": ["Linear"], "weights": weights, "format": format_name}
+    if weights["type"] == "float":  # as released: what comes in is quantised too, which in 16 bits it is not
+        group["input_activations"] = {**weights, "strategy": "token", "dynamic": True}
     quantisation = {
         "quant_method": "compressed-tensors",
         "format": format_name,
@@ -125,5 +127,6 @@ def _write(source: Path, target: Path, tensors: dict[str, Tensor], quantisation:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
     config = json.loads((target / "config.json").read_text())
     config |= {"quantization_config": quantisation, "dtype": "bfloat16"}
+    config.get("text_config", {})["dtype"] = "bfloat16"
     (target / "config.json").write_text(json.dumps(config))
     return target

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import checkpoint
 from harness.blocks import compress
-from harness.calibrate import calibrate
+from harness.calibrate import calibrate, calibrate_streamed
 from harness.compressed import Compression, parts_of
 from harness.errors import UserError
 from harness.models import Model
+from harness.parking import Parking
 from harness.plan import LayerPlan, Plan
 from harness.room import need
+from harness.stats import Stats
+from harness.store import Store
+from harness.streaming import open_streamed
+from harness.unfinished import Unfinished
 from tests.architectures import batches, write_model
 from tests.quantised import to_fp8, to_fp8_rows, to_mxfp4, to_w4a16
 from tests.test_streaming import same, streamed
@@ -141,6 +149,50 @@ def test_the_scales_stand_beside_their_experts(tmp_path: Path) -> None:
     assert weight.dtype == torch.float8_e4m3fn
     assert "model.layers.0.mlp.experts.3.up_proj.weight_scale_inv" in names
     assert "model.layers.0.mlp.gate.weight_scale_inv" not in names
+
+
+@pytest.mark.parametrize("to", [to_fp8, to_w4a16, to_fp8_rows])
+def test_of_a_model_that_also_sees_the_part_that_reads_is_as_quantised(
+    to: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    """Its quantisation stands in the config of the whole."""
+    plain = write_model("qwen3_5_moe", tmp_path / "plain")
+    model = Model("seeing", str(to(plain.folder, tmp_path / "quantised")))
+    original, loaded = (dict(one.load("bfloat16").named_parameters()) for one in (plain, model))
+    assert original.keys() == loaded.keys()
+    for name, value in loaded.items():
+        error = (value.float() - original[name].float()).norm() / original[name].float().norm().clamp_min(1e-9)
+        assert error < 0.15, name
+    found = calibrate(model.load("auto"), batches())
+    assert same(found, calibrate_streamed_in(model, tmp_path))
+
+
+def calibrate_streamed_in(model: Model, folder: Path) -> Stats:
+    unfinished = Unfinished(Store(folder / "store"), "x")
+    opened = open_streamed(model, "auto")
+    return calibrate_streamed(opened, batches(), frozenset(), "actual", Parking(0, 0, folder), unfinished)
+
+
+def test_what_is_unpacked_is_what_transformers_unpacks(tmp_path: Path) -> None:
+    """By another way: its own quantiser, for 4 bits."""
+    folder = to_w4a16(write_checkpoint(tmp_path / "plain"), tmp_path / "packed")
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["dequantize"] = True
+    theirs = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").state_dict()
+    ours = Model("packed", str(folder)).load("auto").state_dict()
+    assert ours.keys() <= theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("changes", [{"strategy": "block", "block_structure": [32, 32]}, {"num_bits": 4}])
+def test_what_would_not_be_unpacked_as_it_was_packed_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = to_fp8_rows(write_checkpoint(tmp_path / "plain"), tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    for refuse in (lambda model: model.load("auto"), lambda model: open_streamed(model, "auto")):
+        with pytest.raises(UserError, match="cannot be computed with here: of compressed-tensors, packed integers"):
+            refuse(Model("blocks", str(folder)))
 
 
 def test_kimi_k2_is_a_deepseek_v3_in_four_bits_whatever_code_it_brings(tmp_path: Path) -> None:
