@@ -98,8 +98,8 @@ def _check(scheme: QuantizationScheme) -> None:
     if not packed and not rows:
         raise UserError(
             f"Its weights are {weights.num_bits}-bit {kind} numbers with scales by {strategy}, which cannot be "
-            "computed with here: of compressed-tensors, packed integers with scales by group or channel can, and FP8 by channel "
-            "or tensor. It can be pruned as it is by a plan that was made of the model in 16 bits."
+            "computed with here: of compressed-tensors, integers with scales by group or channel can, and FP8 by "
+            "channel or tensor. It can be pruned as it is by a plan that was made of the model in 16 bits."
         )
 
 

@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictInfo
 
 from harness.compressed import Compression, parts_of
 from harness.errors import StageError
+from harness.rewrite import FLOATS
 from harness.tensors import Tensor as StoredTensor
 
 _EXPERT = re.compile(r"\.(\d+)\.(?!.*\.\d+\.)")  # the last number that is a part of a name on its own
@@ -43,7 +44,7 @@ class Files:
         self.tensors, self.compression = tensors, compression
         self.parts = parts_of(tensors) if compression is not None else {name: {"": name} for name in tensors}
         for name, parts in self.parts.items():
-            if "" in parts and not tensors[name].dtype.startswith("F8"):
+            if "" in parts and tensors[name].dtype in FLOATS:
                 self.parts[name] = {"": name}  # whatever lies beside it, it is no quantised weight
 
     def stored(self, name: str) -> list[StoredTensor]:

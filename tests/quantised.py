@@ -62,6 +62,12 @@ def to_fp8_rows(source: Path, target: Path) -> Path:
     return _compressed(source, target, _fp8_rows, "float-quantized", weights)
 
 
+def to_int8_rows(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in 8-bit integers, with a scale per row: compressed-tensors' W8A8."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    return _compressed(source, target, _int8_rows, "int-quantized", weights)
+
+
 def _compressed(
     source: Path,
     target: Path,
@@ -76,7 +82,7 @@ def _compressed(
         else:
             found[name] = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
     group = {"targets": ["Linear"], "weights": weights, "format": format_name}
-    if weights["type"] == "float":  # as released: what comes in is quantised too, which in 16 bits it is not
+    if weights["num_bits"] == 8:  # as released: what comes in is quantised too, which in 16 bits it is not
         group["input_activations"] = {**weights, "strategy": "token", "dynamic": True}
     quantisation = {
         "quant_method": "compressed-tensors",
@@ -101,6 +107,11 @@ def _packed(weight: Tensor) -> dict[str, Tensor]:
 def _fp8_rows(weight: Tensor) -> dict[str, Tensor]:
     scale = (weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / FP8_MAX).bfloat16()
     return {"": (weight / scale.float()).to(torch.float8_e4m3fn), "_scale": scale}
+
+
+def _int8_rows(weight: Tensor) -> dict[str, Tensor]:
+    scale = (weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127).bfloat16()
+    return {"": (weight / scale.float()).round().clamp(-128, 127).to(torch.int8), "_scale": scale}
 
 
 def _fp8(weight: Tensor) -> tuple[Tensor, Tensor]:

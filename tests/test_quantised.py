@@ -28,7 +28,7 @@ from harness.store import Store
 from harness.streaming import open_streamed
 from harness.unfinished import Unfinished
 from tests.architectures import batches, write_model
-from tests.quantised import to_fp8, to_fp8_rows, to_mxfp4, to_w4a16
+from tests.quantised import to_fp8, to_fp8_rows, to_int8_rows, to_mxfp4, to_w4a16
 from tests.test_streaming import same, streamed
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -39,6 +39,7 @@ KINDS = [
     ("gpt_oss", to_mxfp4),
     ("glm4_moe", to_w4a16),
     ("qwen3_moe", to_fp8_rows),
+    ("qwen3_moe", to_int8_rows),
 ]
 
 
@@ -81,7 +82,7 @@ def test_kept_experts_and_scales_are_copied_bit_for_bit(both: tuple[Model, Model
         assert new.dtype == old.dtype and new.shape == (len(KEPT), *old.shape[1:])
         assert new.read() == b"".join(old.read()[size * row : size * (row + 1)] for row in KEPT)
     types = {tensor.dtype for name, tensor in made.tensors.items() if ".experts." in name}
-    assert types & {"F8_E4M3", "U8", "I32"}, "nothing was dequantised"
+    assert types & {"F8_E4M3", "U8", "I32", "I8"}, "nothing was dequantised"
     config = json.loads((made.folder / "config.json").read_text())
     assert (
         config["quantization_config"] == json.loads((model.folder / "config.json").read_text())["quantization_config"]
@@ -128,7 +129,7 @@ def test_experts_that_are_quantised_are_not_averaged(both: tuple[Model, Model], 
     model = both[1]
     merged = LayerPlan.merge([[0, 1], [2], [3], [4], [5], [6], [7]], [1.0] * 8)
     (tmp_path / "merged").mkdir()
-    with pytest.raises(UserError, match="Experts stored as (F8_E4M3|U8|I64) cannot be averaged"):
+    with pytest.raises(UserError, match="Experts stored as (F8_E4M3|U8|I64|I8) cannot be averaged"):
         checkpoint.export(model, Plan(dict.fromkeys(model.experts, merged)), tmp_path / "merged")
 
 
@@ -191,7 +192,9 @@ def test_what_would_not_be_unpacked_as_it_was_packed_is_refused(changes: dict[st
     config["quantization_config"]["config_groups"]["group_0"]["weights"] |= changes
     (folder / "config.json").write_text(json.dumps(config))
     for refuse in (lambda model: model.load("auto"), lambda model: open_streamed(model, "auto")):
-        with pytest.raises(UserError, match="cannot be computed with here: of compressed-tensors, packed integers"):
+        with pytest.raises(
+            UserError, match="cannot be computed with here: of compressed-tensors, integers with scales"
+        ):
             refuse(Model("blocks", str(folder)))
 
 
