@@ -154,7 +154,7 @@ def verify(folder: Path, source: Model) -> None:
     there; experts of each layer numbered 0..E-1 with the same parts and shapes; E as config.json says; routers and
     their biases of E rows; finite values.
     """
-    written = Model(folder.name, str(folder), trust_remote_code=source.trust_remote_code)
+    written = source.elsewhere(folder)
     if written.experts.keys() != source.experts.keys():
         raise UserError(f"{folder} has experts in layers {sorted(written.experts)}, not in {sorted(source.experts)}.")
     _check_others(written, source)

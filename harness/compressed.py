@@ -58,7 +58,17 @@ class Compression:
     def check(self) -> None:
         """Raise UserError for what the library would not unpack as it was packed."""
         for scheme in self.schemes:
-            _check(scheme)
+            weights = scheme.weights
+            assert weights is not None
+            kind, strategy = weights.type, weights.strategy  # strings, as the library keeps them
+            packed = kind == "int" and strategy in ("group", "channel") and 32 % weights.num_bits == 0
+            rows = kind == "float" and weights.num_bits == 8 and strategy in ("channel", "tensor")
+            if not packed and not rows:
+                raise UserError(
+                    f"Its weights are {weights.num_bits}-bit {kind} numbers with scales by {strategy}, which cannot be "
+                    "computed with here: of compressed-tensors, integers with scales by group or channel can, and FP8 "
+                    "by channel or tensor. It can be pruned as it is by a plan that was made of the model in 16 bits."
+                )
 
     def scheme(self, weight: str) -> QuantizationScheme:
         """The one whose targets name a weight's module, else the one for linear layers in general."""
@@ -79,28 +89,15 @@ class Compression:
         """The weight that is made of these parts by their endings, in the type of its scales."""
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.format import infer_module_format
+        from compressed_tensors.config import CompressionFormat
         from torch import nn
 
         scheme = self.scheme(weight)
-        kind = scheme.format or infer_module_format(nn.Linear, scheme)
-        compressor = BaseCompressor.get_value_from_registry(getattr(kind, "value", kind))
+        kind = CompressionFormat(scheme.format or infer_module_format(nn.Linear, scheme))
+        compressor = BaseCompressor.get_value_from_registry(kind.value)
         named = {f"weight{ending}": part for ending, part in parts.items()}
         made: Tensor = compressor.decompress(named, scheme)["weight"]
         return made
-
-
-def _check(scheme: QuantizationScheme) -> None:
-    weights = scheme.weights
-    assert weights is not None
-    kind, strategy = getattr(weights.type, "value", weights.type), getattr(weights.strategy, "value", weights.strategy)
-    packed = kind == "int" and strategy in ("group", "channel") and 32 % weights.num_bits == 0
-    rows = kind == "float" and weights.num_bits == 8 and strategy in ("channel", "tensor")
-    if not packed and not rows:
-        raise UserError(
-            f"Its weights are {weights.num_bits}-bit {kind} numbers with scales by {strategy}, which cannot be "
-            "computed with here: of compressed-tensors, integers with scales by group or channel can, and FP8 by "
-            "channel or tensor. It can be pruned as it is by a plan that was made of the model in 16 bits."
-        )
 
 
 def _names(target: str, module: str) -> bool:

@@ -163,8 +163,7 @@ class Elastic:
         here = self.budget(given.ratio, given.model, size)
         self._check_plan(given, here)
         parent = self.parent(given)
-        whole = Model("sorted", str(parent / WEIGHTS), trust_remote_code=given.model.trust_remote_code)
-        cut(whole, here, folder)
+        cut(given.model.elsewhere(parent / WEIGHTS), here, folder)
         made = json.loads((parent / REPORT).read_text())
         entry = next((entry for entry in made["budgets"] if entry["name"] == here.name), None)
         measured = {name: entry[name] for name in ("kl_before", "kl_after")} if entry else {}
@@ -252,8 +251,7 @@ class _Parent:
         weights.mkdir(parents=True)
         identity_plan = Plan.identity(self.original.experts)
         save(model, self.original, identity_plan, weights)
-        written = Model("sorted", str(weights), trust_remote_code=self.original.trust_remote_code)
-        stored = Nested(trainable(written), cuts)
+        stored = Nested(trainable(self.original.elsewhere(weights)), cuts)
         after = [self._measure(stored, place, teacher, held) for place in range(len(cuts))]
         about = manifest(model, order, cuts, self.original.digest)
         entries = [

@@ -309,7 +309,7 @@ class Pass:
     def tokens(self) -> int:
         return self.cell.calibration.sequences * self.cell.calibration.length
 
-    @property
+    @cached_property
     def memory(self) -> Need:
         """Bytes that it takes."""
         text = self.cell.calibration

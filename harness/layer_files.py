@@ -42,10 +42,12 @@ class Files:
 
     def __init__(self, tensors: Mapping[str, StoredTensor], compression: Compression | None) -> None:
         self.tensors, self.compression = tensors, compression
-        self.parts = parts_of(tensors) if compression is not None else {name: {"": name} for name in tensors}
-        for name, parts in self.parts.items():
-            if "" in parts and tensors[name].dtype in FLOATS:
-                self.parts[name] = {"": name}  # whatever lies beside it, it is no quantised weight
+        self.parts = {name: {"": name} for name in tensors}
+        if compression is not None:  # whatever lies beside a plain weight, that is no quantised one
+            self.parts = {
+                name: {"": name} if name in tensors and tensors[name].dtype in FLOATS else parts
+                for name, parts in parts_of(tensors).items()
+            }
 
     def stored(self, name: str) -> list[StoredTensor]:
         """What the tensor is made of."""

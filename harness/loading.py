@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.compressed import BESIDE, METHOD, Compression
+from harness.compressed import BESIDE, METHOD
 from harness.errors import StageError, UserError
 from harness.models import Model
 
@@ -18,31 +16,13 @@ DEQUANTISED = ("fp8", "mxfp4", METHOD)  # quantisations that are undone when a m
 SCALES = ("_scale_inv", "_scales", *(f".weight{ending}" for ending in BESIDE))  # endings of what goes into others then
 
 
-def quantisation(model: Model) -> str | None:
-    """How the weights are quantised, by transformers' name of it; None if they are not."""
-    found = model.config.get("quantization_config")
-    return str(found.get("quant_method")) if isinstance(found, dict) else None
-
-
-def compression(model: Model) -> Compression | None:
-    """How its weights are packed, if the compressed-tensors library did it."""
-    if quantisation(model) != METHOD:
-        return None
-    return _compression(json.dumps(model.config["quantization_config"]))
-
-
-@functools.cache  # asked for each of a hundred thousand tensors
-def _compression(given: str) -> Compression:
-    return Compression(json.loads(given))
-
-
 def config_to_compute(model: Model) -> PreTrainedConfig:
     """The config to load the model with: in plain floating point, also where the checkpoint is quantised.
 
     Raises UserError for a quantisation that cannot be undone here.
     """
     config = _config(model)
-    method = quantisation(model)
+    method = model.quantisation
     if method is None:
         return config
     if method not in DEQUANTISED:
@@ -53,10 +33,10 @@ def config_to_compute(model: Model) -> PreTrainedConfig:
         )
     for part in (config.get_text_config(), config):  # it may stand in either
         vars(part).pop("quantization_config", None)
-    if (packing := compression(model)) is None:
+    if model.compression is None:
         config.quantization_config = {**model.config["quantization_config"], "dequantize": True}
     else:  # unpacked as it is read, so that transformers sees plain weights
-        packing.check()
+        model.compression.check()
     return config
 
 
@@ -75,13 +55,12 @@ def _config(model: Model) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(model.folder, local_files_only=True, trust_remote_code=model.runs_code)
 
 
-def architecture(model: Model) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def architecture(model: Model, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """transformers' class that reads text and answers, and its config: of a model that also sees, the part that reads
     text if it has a class of its own, else the whole. Raises UserError if transformers has none.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = config_to_compute(model)
     for group in (AutoModelForCausalLM, AutoModelForImageTextToText):
         kind: Any = group._model_mapping.get(type(config), None)
         if kind is not None:
@@ -97,14 +76,14 @@ def architecture(model: Model) -> tuple[type[PreTrainedModel], PreTrainedConfig]
 
 def tensor_bytes(model: Model, name: str, dtype: str) -> float:
     """What a tensor of the checkpoint takes, when the model is in memory in this type."""
-    tensor, method = model.tensors[name], quantisation(model)
+    tensor, method = model.tensors[name], model.quantisation
     if method is not None and name.endswith(SCALES):
         return 0.0
     numbers = tensor.elements
     if method == "mxfp4" and name.endswith("_blocks"):
         numbers *= 2
-    elif name.endswith(".weight_packed") and (packing := compression(model)) is not None:
-        numbers *= packing.numbers(name.removesuffix("_packed"))
+    elif name.endswith(".weight_packed") and model.compression is not None:
+        numbers *= model.compression.numbers(name.removesuffix("_packed"))
     return 4.0 * numbers if dtype == "float32" else max(2.0 * numbers, tensor.nbytes)
 
 
@@ -139,7 +118,7 @@ def load(model: Model, dtype: str, gpus: Sequence[float] | None = None) -> PreTr
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the pass over the tokens has one of its own
-    if compression(model) is not None:
+    if model.compression is not None:
         from harness.streaming import open_streamed
 
         return open_streamed(model, dtype).whole()
@@ -154,7 +133,7 @@ def load(model: Model, dtype: str, gpus: Sequence[float] | None = None) -> PreTr
     config = config_to_compute(model)
     if type(config).__module__.startswith("transformers_modules."):  # an architecture that only its own code has
         return from_files(AutoModelForCausalLM, model, config=config, trust_remote_code=True, **given)
-    kind, config = architecture(model)
+    kind, config = architecture(model, config)
     return from_files(kind, model, config=config, **given)
 
 

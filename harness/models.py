@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import inventory, tensors
+from harness.compressed import METHOD, Compression
 from harness.errors import UserError
 from harness.roles import EXPERT_COUNT, LAYER, TOP_K, experts_on_disk, list_of, role
 from harness.tensors import Tensor
@@ -105,6 +106,17 @@ class Model:
         """transformers' name of the architecture; of one that also sees, of the whole."""
         name = str(self._levels[0].get("model_type"))
         return SAME_ARCHITECTURE.get(name, name)
+
+    @property
+    def quantisation(self) -> str | None:
+        """How the weights are quantised, by transformers' name of it; None if they are not."""
+        found = self.config.get("quantization_config")
+        return str(found.get("quant_method")) if isinstance(found, dict) else None
+
+    @cached_property
+    def compression(self) -> Compression | None:
+        """How the weights are packed, if the compressed-tensors library did it."""
+        return Compression(self.config["quantization_config"]) if self.quantisation == METHOD else None
 
     @cached_property
     def _levels(self) -> tuple[dict[str, Any], ...]:
@@ -235,6 +247,10 @@ class Model:
         inventory.check_known(self.folder, found)
         return hashlib.sha256("\n".join(f"{name} {one.sha256}" for name, one in found.items()).encode()).hexdigest()
 
+    def elsewhere(self, folder: Path) -> Model:
+        """What was made of it in a folder: the same code may run."""
+        return Model(folder.name, str(folder), trust_remote_code=self.trust_remote_code)
+
     def load(self, dtype: str) -> PreTrainedModel:
         """The model in memory, in the type ``auto``, ``float32`` or ``bfloat16`` (`harness.loading.load`)."""
         from harness.loading import load
@@ -279,7 +295,7 @@ class Outlined(Model):
         from transformers import AutoModelForCausalLM, PreTrainedModel
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        kind: Any = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[self.config["model_type"]]]
+        kind: Any = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[self.model_type]]
         is_known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
         return is_known and (kind._can_set_experts_implementation() or kind.__name__.startswith("Llama4"))
 

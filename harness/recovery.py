@@ -179,8 +179,7 @@ class _Trainer:
             student = self._student(source, plan, state)
         stages.append(self._train(student, batches, range(first, len(batches))))
         save(student, source, plan, folder)
-        stored = Model(folder.name, str(folder), trust_remote_code=source.trust_remote_code)
-        after = self._measure(trainable(stored), held)
+        after = self._measure(trainable(source.elsewhere(folder)), held)  # of what was stored
         return {
             "steps": len(batches),
             "tokens": sum(stage["tokens"] for stage in stages),

@@ -168,8 +168,10 @@ class Rewrite:
 def check_tables(model: Model, plan: Plan) -> None:
     """Raise UserError if the plan drops experts of a layer that sends tokens to them by a table of token ids."""
     for name in model.tensors:
+        if not name.endswith(TABLE):
+            continue
         layer = layer_index(name)
-        if name.endswith(TABLE) and layer in plan.layers and None in plan.layers[layer].routes:
+        if layer in plan.layers and None in plan.layers[layer].routes:
             raise UserError(
                 f"Layer {layer} of {model.name} sends each token to its experts by a table of token ids "
                 f"({name}), as DeepSeek-V4 does in its first layers, and the plan drops some of them. Which experts "

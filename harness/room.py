@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from harness.errors import StageError, UserError
-from harness.loading import compression, tensor_bytes
+from harness.loading import tensor_bytes
 from harness.models import Model
 from harness.roles import layer_index, width_field
 
@@ -122,7 +122,7 @@ def parked(model: Model, dtype: str, tokens: int, allowed: MaxMemory) -> Parked 
     Raises StageError if not even one layer fits.
     """
     needed, gpus, ram = need(model, dtype, tokens), allowed.gpus_left(), allowed.ram_left()
-    several = gpus[:1] if compression(model) is not None else gpus  # what is unpacked here is put on one
+    several = gpus[:1] if model.compression is not None else gpus  # what is unpacked here is put on one
     if needed.whole <= (sum(several) if gpus else ram):
         return None
     left = (gpus[0] if gpus else ram) - needed.one_layer

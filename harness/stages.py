@@ -15,7 +15,6 @@ from harness import checkpoint, gather, stats
 from harness import plan as plans
 from harness.decide import allocate, decide, decide_in_sequence
 from harness.errors import UserError
-from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.provenance import provenance
 from harness.room import parked
@@ -192,8 +191,7 @@ def reference(cell: Cell, made: Plan, store: Store) -> Expected | None:
 
         model, plan = cell.model, made
         if cell.recovery is not None:
-            folder = str(remade_folder(cell, made, store))
-            model, plan = Model("remade", folder, trust_remote_code=cell.model.trust_remote_code), Plan({})
+            model, plan = cell.model.elsewhere(remade_folder(cell, made, store)), Plan({})
         found = expected(model.load("auto"), plan, probe_tokens(str(model.folder), cell.model.runs_code))
     except Exception as problem:  # too little memory, or a model that transformers does not know
         _without_reference.add(name)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from harness.errors import StageError, UserError
 from harness.finite import not_finite
 from harness.layer_files import Files, Sources, by_layer, load, load_parameter
-from harness.loading import architecture, compression, from_files
+from harness.loading import architecture, config_to_compute, from_files
 from harness.memory import give_back
 from harness.models import Model
 from harness.parking import Parking, read, release, write
@@ -68,8 +68,7 @@ class Streamed:
     def whole(self) -> PreTrainedModel:
         """The model with all of its layers in memory, to stay. Raises StageError as `loaded`."""
         for index in range(len(self.layers)):
-            with reading_ahead(self._stored(index + 1)):
-                self._load(index)
+            self._load(index)
         return self.model
 
     def _load(self, index: int) -> None:
@@ -96,8 +95,8 @@ def open_streamed(model: Model, dtype: str) -> Streamed:
     # Read when oneDNN first computes. Every expert's number of tokens makes a kernel of its own, which is not needed
     # again; a thousand of them would take some hundred MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    kind, config = architecture(model)
-    files = Files(model.tensors, compression(model))
+    kind, config = architecture(model, config_to_compute(model))
+    files = Files(model.tensors, model.compression)
     found: dict[str, Any] = {}
 
     def load_the_rest(empty: PreTrainedModel, state: Any, names: list[str], load_config: Any) -> tuple[Any, None]:

@@ -24,24 +24,20 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from harness import checkpoint, serve
 from harness.blocks import compress
-from harness.calibrate import calibrate, calibrate_streamed
+from harness.calibrate import calibrate
 from harness.decide import decide
 from harness.errors import StageError, UserError, log_tail_of
 from harness.masked import pruned
 from harness.models import Model
-from harness.parking import Parking
 from harness.plan import Plan
 from harness.probe import probe_tokens
 from harness.reference import expected
 from harness.roles import TABLE, role
 from harness.seam import hook_routers
 from harness.served import Weights
-from harness.store import Store
-from harness.streaming import open_streamed
-from harness.unfinished import Unfinished
 from methods.reap import REAP
 from tests.conftest import vllm
-from tests.test_streaming import same
+from tests.test_streaming import same, streamed
 from tests.tiny_checkpoint import write_tokenizer
 
 EXPERTS, KEPT, VOCABULARY = 8, 4, 320
@@ -281,11 +277,7 @@ class Trial:
     def stream(self) -> None:
         """The same layer by layer, to the last bit."""
         extras = self.whole.names & {"logit_gram", "coactivation", "all_output_sum"}
-        parking = Parking(0, 0, self.folder)
-        unfinished = Unfinished(Store(self.folder / "store"), "x")
-        opened = open_streamed(self.model, "auto")
-        found = calibrate_streamed(opened, batches(), extras, "actual", parking, unfinished)
-        assert same(self.whole, found)
+        assert same(self.whole, streamed(self.model, self.folder, extras, 0, batches=batches()))
 
     def plan(self) -> None:
         """Half of the experts pruned by REAP."""

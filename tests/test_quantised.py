@@ -16,17 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import checkpoint
 from harness.blocks import compress
-from harness.calibrate import calibrate, calibrate_streamed
+from harness.calibrate import calibrate
 from harness.compressed import Compression, parts_of
 from harness.errors import UserError
 from harness.models import Model
-from harness.parking import Parking
 from harness.plan import LayerPlan, Plan
 from harness.room import need
-from harness.stats import Stats
-from harness.store import Store
 from harness.streaming import open_streamed
-from harness.unfinished import Unfinished
 from tests.architectures import batches, write_model
 from tests.quantised import to_fp8, to_fp8_rows, to_int8_rows, to_mxfp4, to_w4a16
 from tests.test_streaming import same, streamed
@@ -111,11 +107,7 @@ def test_it_is_calibrated_in_plain_numbers_whole_or_layer_by_layer(both: tuple[M
     for index, layer in found.layers.items():
         close = np.corrcoef(layer["gate_norm"], original.layers[index]["gate_norm"])[0, 1]
         assert close > 0.9, "quantising changes a little"
-    from tests import test_streaming
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(test_streaming, "token_batches", batches)
-        assert same(found, streamed(model, tmp_path, extras, 0))
+    assert same(found, streamed(model, tmp_path, extras, 0, batches=batches()))
 
 
 def test_memory_is_counted_as_it_is_computed_with(both: tuple[Model, Model]) -> None:
@@ -165,13 +157,7 @@ def test_of_a_model_that_also_sees_the_part_that_reads_is_as_quantised(
         error = (value.float() - original[name].float()).norm() / original[name].float().norm().clamp_min(1e-9)
         assert error < 0.15, name
     found = calibrate(model.load("auto"), batches())
-    assert same(found, calibrate_streamed_in(model, tmp_path))
-
-
-def calibrate_streamed_in(model: Model, folder: Path) -> Stats:
-    unfinished = Unfinished(Store(folder / "store"), "x")
-    opened = open_streamed(model, "auto")
-    return calibrate_streamed(opened, batches(), frozenset(), "actual", Parking(0, 0, folder), unfinished)
+    assert same(found, streamed(model, tmp_path, frozenset(), 0, batches=batches()))
 
 
 def test_what_is_unpacked_is_what_transformers_unpacks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from harness.models import Model
 from harness.parking import Parking
 from harness.stats import EXTRAS, Stats
 from harness.store import Store
-from harness.streaming import open_streamed
+from harness.streaming import Batch, open_streamed
 from harness.unfinished import Unfinished
 from tests.conftest import token_batches
 
@@ -30,11 +31,18 @@ def same(one: Stats, other: Stats) -> bool:
 
 
 def streamed(
-    model: Model, folder: Path, extras: frozenset[str], device_bytes: float = np.inf, name: str = "x"
+    model: Model,
+    folder: Path,
+    extras: frozenset[str],
+    device_bytes: float = np.inf,
+    name: str = "x",
+    batches: Sequence[Batch] = (),
 ) -> Stats:
+    """Of `token_batches`, where no others are given."""
     parking = Parking(device_bytes, 0, folder)
     unfinished = Unfinished(Store(folder / "store"), name)
-    return calibrate_streamed(open_streamed(model, "auto"), token_batches(), extras, "actual", parking, unfinished)
+    given = batches or token_batches()
+    return calibrate_streamed(open_streamed(model, "auto"), given, extras, "actual", parking, unfinished)
 
 
 @pytest.mark.parametrize("device_bytes", [np.inf, 2 * 24 * 32 * 4, 0], ids=["all stay", "one stays", "all on disk"])
