@@ -101,6 +101,7 @@ def obey(order: dict[str, Any], servers: set[int], answers: int) -> dict[str, An
         if pid == 0:
             os.close(answers)
             _serve([*order["arguments"], "--port", str(port)], order["log"], listening)
+        _lead_a_group(pid)
         listening.close()
         servers.add(pid)
         return {"pid": pid, "port": port}
@@ -115,10 +116,10 @@ def obey(order: dict[str, Any], servers: set[int], answers: int) -> dict[str, An
 
 
 def _serve(arguments: list[str], log: str, listening: socket.socket) -> NoReturn:
-    """Become vLLM's OpenAI server at this socket, in a session of its own and writing to the log."""
+    """Become vLLM's OpenAI server at this socket, in a process group of its own and writing to the log."""
     status = 1
     try:
-        os.setsid()
+        _lead_a_group(os.getpid())
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
@@ -138,6 +139,14 @@ def _serve(arguments: list[str], log: str, listening: socket.socket) -> NoReturn
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _lead_a_group(pid: int) -> None:
+    """Done by the server and by its parent: whichever comes first, a signal to the group then reaches the server, and
+    what the server forks is in the group.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.setpgid(pid, pid)
 
 
 def _has_exited(pid: int) -> bool:

@@ -204,6 +204,7 @@ def test_the_process_that_forks_servers_takes_their_ports(tmp_path: Path) -> Non
         started = [vllm_host.obey(order, servers, answers.fileno()) for order in orders]
         try:
             assert len({one["port"] for one in started}) == 2 and all(is_taken(one["port"]) for one in started)
+            assert all(os.getpgid(one["pid"]) == one["pid"] for one in started)  # a kill that comes at once finds them
         finally:
             for one in started:
                 assert vllm_host.obey({"do": "kill", "pid": one["pid"]}, servers, answers.fileno()) == {}
