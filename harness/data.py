@@ -39,7 +39,7 @@ class Calibration:
     seed: which documents are drawn, without replacement. dtype: in which the model runs the pass. held_out: sequences
     of further documents that no statistic sees, for the reconstruction error of plans; 0 leaves that out.
     weights: how many documents of each file are drawn in turn, until all are; None: all files are one pile.
-    tools: a JSON file of the tools that chats could call, for chats whose rows do not say.
+    tools: a JSON file of the tools that could be called, for chats that call some and whose rows do not say which.
     all_expert_tokens: where a method asks what every expert makes of a token, routed to it or not, only the first so
     many tokens are asked. shards: parts of the sequences that are gathered on their own, by as many processes as come.
     """
@@ -128,7 +128,7 @@ class Calibration:
             "seed": self.seed,
             **({} if self.columns == TEXT else {"columns": self.columns}),
             **({} if self.weights is None else {"weights": self.weights}),
-            **({} if self._tools is None else {"tools": self._tools}),
+            **({} if self._tools is None else {"tools_called": self._tools}),
         }
 
     def tokens_name(self, model: Model) -> str:
@@ -167,7 +167,7 @@ class Calibration:
             return document
         if tokenizer.chat_template is None:
             return "\n".join(str(message.get("content", "")) for message in document.messages)
-        tools = document.tools or self._tools
+        tools = document.tools or (self._tools if document.calls_tools else None)
         try:
             return str(
                 tokenizer.apply_chat_template(

@@ -23,6 +23,10 @@ class Chat:
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
 
+    @property
+    def calls_tools(self) -> bool:
+        return any(message.get("tool_calls") or message["role"] == "tool" for message in self.messages)
+
 
 Document = str | Chat
 

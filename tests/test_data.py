@@ -78,20 +78,27 @@ def test_chats_are_read_as_data_sets_of_agents_hold_them(tmp_path: Path) -> None
 
 
 def test_tools_reach_the_template(tmp_path: Path) -> None:
-    """Those of the row, else those of the file that the calibration names; they are part of its identity."""
+    """Those of the row; else, of a chat that calls some, those of the file that the calibration names, which is part of
+    its identity.
+    """
     tokenizer = AutoTokenizer.from_pretrained(MODEL.folder)
-    tokenizer.chat_template = "{% for tool in tools %}{{ tool.name }} {% endfor %}{{ messages[0].content }}"
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}{{ messages[0].content }}"
     tokenizer.save_pretrained(tmp_path / "model")
     model = Model("calls", str(tmp_path / "model"))
     rows = [{"messages": [{"role": "user", "content": "x" * 40}], "tools": [{"name": "own"}]}]
-    rows.append({"messages": [{"role": "user", "content": "y" * 40}]})
+    rows.append({"messages": [{"role": "user", "content": "y" * 40}, {"role": "assistant", "tool_calls": [CALL]}]})
+    rows.append({"messages": [{"role": "user", "content": "z" * 40}, {"role": "tool", "content": "done"}]})
+    rows.append({"messages": [{"role": "user", "content": "v" * 40}, {"role": "assistant", "content": "no call"}]})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     (tmp_path / "tools.json").write_text('[{"name": "shared"}]')
     made = replace(
-        calibration(tmp_path / "a.jsonl", held_out=0), columns=("messages",), tools=str(tmp_path / "tools.json")
+        calibration(tmp_path / "a.jsonl", held_out=0, sequences=14),
+        columns=("messages",),
+        tools=str(tmp_path / "tools.json"),
     )
     text = tokenizer.decode(made.tokens(model).flatten())
-    assert "own xxx" in text and "shared yyy" in text
+    assert "own xxx" in text and "shared yyy" in text and "shared zzz" in text
+    assert "vvv" in text and "shared vvv" not in text
     assert made.identity() != replace(made, tools=None).identity()
     for content in ("{}", "[broken"):
         (tmp_path / "tools.json").write_text(content)
@@ -114,11 +121,14 @@ def test_files_are_drawn_from_in_turn_by_their_weights(tmp_path: Path) -> None:
             replace(both, weights=weights).check()
 
 
-@pytest.mark.parametrize("name", ["xlam", "swe_smith", "agentic"])
+@pytest.mark.parametrize("name", ["xlam", "swe_smith", "agentic", "agentic_reasoning"])
 def test_presets_of_agents_name_their_columns_and_tools(name: str) -> None:
     (cell,) = expand([f"calibration={name}"]).cells
     made = cell.calibration
     assert made.name == name and (made.tools is not None) == (name != "xlam")
-    assert made.weights is None or len(made.weights) == len(made.files) == len(made.columns)
+    assert made.weights is None or len(made.weights) == len(made.files)
+    assert made.columns == {"xlam": ("query+answers",), "swe_smith": ("messages",)}.get(
+        name, ("instruction+output", "query+answers", "messages")
+    )
     if made.tools:
         assert [tool["function"]["name"] for tool in made._tools] == ["bash", "str_replace_editor", "submit"]
