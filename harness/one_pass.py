@@ -184,7 +184,6 @@ def _calibrate(part: Part, extras: frozenset[str], store: Store) -> Stats:
 def _observed(part: Part, extras: frozenset[str], store: Store, bar: tqdm) -> tuple[Any, dict[str, Any]]:
     """The sums of each layer, and how the model was in memory."""
     from harness.calibrate import calibrate, calibrate_streamed, packed_batches
-    from harness.parking import Parking
     from harness.streaming import open_streamed
 
     cell, text = part.cell, part.cell.calibration
@@ -201,9 +200,8 @@ def _observed(part: Part, extras: frozenset[str], store: Store, bar: tqdm) -> tu
     name = key(**part.fields, extras=sorted(extras), batch_size=text.batch_size)
     unfinished = Unfinished(store, name)
     with store.workspace(f"states-{name}") as folder:
-        parking = Parking(room.device, room.host, folder)
         made = calibrate_streamed(
-            opened, batches, extras, cell.routing, parking, unfinished, part.all_experts, bar.update
+            opened, batches, extras, cell.routing, room.parking(folder), unfinished, part.all_experts, bar.update
         )
     unfinished.forget()
     return made.layers, {"layers": "one at a time"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -16,12 +17,14 @@ class Parking:
     """The hidden states of so many batches, [B, T, H] each, of one size.
 
     device_bytes: how much may stay on the device. host_bytes: how much more in memory, if the device is another.
-    folder: for the rest.
+    folder: for the rest. spare: bytes of the machine's memory that are left to other processes, whatever they take
+    meanwhile: where less is free, states go to disk.
     """
 
     device_bytes: float
     host_bytes: float
     folder: Path
+    spare: float = 0.0
     parked: dict[int, Tensor] = field(default_factory=dict)
     away: dict[int, Tensor | Path] = field(default_factory=dict)
 
@@ -31,15 +34,19 @@ class Parking:
         """
         self.parked[number] = hidden
         room = self.device_bytes - hidden.nbytes * (number + 1)
-        if room >= 0:
+        is_elsewhere = hidden.device.type != "cpu"
+        if room >= 0 and (is_elsewhere or self._is_free(0)):
             return
-        if hidden.device.type != "cpu" and room + self.host_bytes >= 0:
+        if is_elsewhere and room + self.host_bytes >= 0 and self._is_free(hidden.nbytes):
             self.away[number] = hidden.cpu()
         else:
             file = self.folder / f"{number}.bin"
             write(hidden, file)
             self.away[number] = file
         release(hidden)
+
+    def _is_free(self, nbytes: int) -> bool:
+        return psutil.virtual_memory().available - nbytes >= self.spare
 
     def fetch(self, number: int) -> None:
         """Bring the contents of a batch's states back where they were. Nothing to do for those that stayed."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -16,6 +17,9 @@ from harness.errors import StageError, UserError
 from harness.loading import tensor_bytes
 from harness.models import Model
 from harness.roles import layer_index, width_field
+
+if TYPE_CHECKING:
+    from harness.parking import Parking
 
 GIB = 2**30
 PROCESS = 0.7 * GIB  # resident memory of a process that has PyTorch and transformers loaded, and computes nothing
@@ -77,6 +81,12 @@ class Need:
         """With one layer at a time."""
         return self.rest + self.layer + self.batch + 2 * self.hidden + KEPT
 
+    def on_gpus(self, number: int) -> float:
+        """With all of the model on so many GPUs. A layer is on one of them, each computes, and transformers places
+        layers only where there is room for the largest besides.
+        """
+        return self.weights + number * (max(self.layer, self.rest) + self.batch + 2 * self.hidden)
+
 
 def need(model: Model, dtype: str, tokens: int) -> Need:
     """Of a pass with so many tokens in a batch."""
@@ -102,6 +112,11 @@ class Parked:
     device: float
     host: float
 
+    def parking(self, folder: Path) -> Parking:
+        from harness.parking import Parking
+
+        return Parking(self.device, self.host, folder, (1 - SHARE) * psutil.virtual_memory().total)
+
 
 @contextmanager
 def taking_memory() -> Iterator[None]:
@@ -123,7 +138,7 @@ def parked(model: Model, dtype: str, tokens: int, allowed: MaxMemory) -> Parked 
     """
     needed, gpus, ram = need(model, dtype, tokens), allowed.gpus_left(), allowed.ram_left()
     several = gpus[:1] if model.compression is not None else gpus  # what is unpacked here is put on one
-    if needed.whole <= (sum(several) if gpus else ram):
+    if needed.on_gpus(len(several)) <= sum(several) if gpus else needed.whole <= ram:
         return None
     left = (gpus[0] if gpus else ram) - needed.one_layer
     if left < 0:

@@ -113,7 +113,6 @@ def _search(cell: Cell, sequences: int, searches: dict[int, ModelSearch], store:
 def _errors(cell: Cell, made: Plan, store: Store) -> dict[int, float]:
     """Reconstruction errors of a plan, by layer: in memory, or layer by layer where the model does not fit."""
     from harness.calibrate import packed_batches
-    from harness.parking import Parking
     from harness.reconstruct import streamed_errors
     from harness.streaming import open_streamed
 
@@ -123,8 +122,7 @@ def _errors(cell: Cell, made: Plan, store: Store) -> dict[int, float]:
         return _reconstruction(cell, store).errors(made.layers)
     batches = list(packed_batches(gather.held_out_tokens(cell, store), text.batch_size))
     with store.workspace(f"states-{made.digest[:16]}") as folder:
-        parking = Parking(room.device, room.host, folder)
-        return streamed_errors(open_streamed(cell.model, text.dtype), batches, made.layers, parking)
+        return streamed_errors(open_streamed(cell.model, text.dtype), batches, made.layers, room.parking(folder))
 
 
 def _reconstruction(cell: Cell, store: Store) -> Reconstruction:

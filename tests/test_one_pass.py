@@ -131,6 +131,21 @@ def test_a_layer_that_does_not_fit_is_refused_with_what_would_do(tmp_path: Path,
     assert needed.layer < needed.weights / 3 and needed.rest < needed.weights, "sizes of the embedded model's layers"
 
 
+def test_gpus_that_a_model_fills_to_the_brim_take_it_layer_by_layer(tmp_path: Path, monkeypatch) -> None:
+    """A layer is not split, and each GPU computes: two that could hold the weights are not yet enough."""
+    cell = cell_of(tmp_path)
+    monkeypatch.setattr(room, "KEPT", 0)
+    needed = need(cell.model, "float32", 128)
+    for each, fits in (
+        (0.55 * needed.weights, False),
+        (needed.on_gpus(2) / 2, True),
+        (needed.on_gpus(2) / 2 - 1, False),
+    ):
+        monkeypatch.setattr(MaxMemory, "gpus_left", lambda self, each=each: [each, each])
+        assert (parked(cell.model, "float32", 128, MaxMemory()) is None) == fits
+    assert needed.on_gpus(1) == needed.whole + max(needed.layer, needed.rest)
+
+
 def test_errors_of_a_model_that_does_not_fit_are_those_of_the_whole(tmp_path: Path, monkeypatch) -> None:
     more = ["calibration.held_out=4", "method=hc_smoe"]
     found = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from harness.calibrate import calibrate, calibrate_streamed
 from harness.models import Model
@@ -53,3 +54,15 @@ def test_streamed_sums_are_those_of_the_model_in_memory(
     whole = calibrate(family_model.load("auto"), token_batches(), extras)
     assert same(whole, streamed(family_model, tmp_path, extras, device_bytes))
     assert not list(tmp_path.glob("*.bin")), "what waited on disk is gone"
+
+
+@pytest.mark.parametrize(("spare", "on_disk"), [(0.0, 0), (np.inf, 1)])
+def test_states_go_to_disk_where_other_processes_have_taken_the_memory(
+    tmp_path: Path, spare: float, on_disk: int
+) -> None:
+    parking = Parking(np.inf, 0, tmp_path, spare)
+    hidden = torch.arange(24.0).view(2, 3, 4)
+    parking.put(0, hidden)
+    assert len(list(tmp_path.iterdir())) == on_disk == int(hidden.isnan().all())
+    parking.fetch(0)
+    assert hidden.flatten().tolist() == list(range(24)) and not list(tmp_path.iterdir())
