@@ -60,14 +60,19 @@ class Compression:
         for scheme in self.schemes:
             weights = scheme.weights
             assert weights is not None
-            kind, strategy = weights.type, weights.strategy  # strings, as the library keeps them
-            packed = kind == "int" and strategy in ("group", "channel") and 32 % weights.num_bits == 0
-            rows = kind == "float" and weights.num_bits == 8 and strategy in ("channel", "tensor")
-            if not packed and not rows:
+            kind, bits, strategy = weights.type, weights.num_bits, weights.strategy  # texts, as the library keeps them
+            if (kind, bits) == ("float", 8):
+                known = strategy in ("channel", "tensor", "block")
+            elif (kind, bits) == ("float", 4):
+                known = strategy in ("group", "tensor_group")
+            else:
+                known = kind == "int" and strategy in ("group", "channel") and 32 % bits == 0
+            if not known:
                 raise UserError(
-                    f"Its weights are {weights.num_bits}-bit {kind} numbers with scales by {strategy}, which cannot be "
-                    "computed with here: of compressed-tensors, integers with scales by group or channel can, and FP8 "
-                    "by channel or tensor. It can be pruned as it is by a plan that was made of the model in 16 bits."
+                    f"Its weights are {bits}-bit {kind} numbers with scales by {strategy}, which cannot be computed "
+                    "with here: of compressed-tensors, integers with scales by group or channel can, FP8 by channel, "
+                    "tensor or block, NVFP4 and MXFP4. It can be pruned as it is by a plan that was made of the model "
+                    "in 16 bits."
                 )
 
     def scheme(self, weight: str) -> QuantizationScheme:
@@ -81,23 +86,46 @@ class Compression:
                 return scheme
         raise UserError(f"config.json's quantization_config does not say how {weight} is packed.")
 
-    def numbers(self, weight: str) -> int:
-        """In each int32 of its packed tensor."""
-        return 32 // self.scheme(weight).weights.num_bits
+    def bits(self, weight: str) -> int:
+        """Of each number that is packed."""
+        return int(self.scheme(weight).weights.num_bits)
 
     def unpack(self, weight: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight that is made of these parts by their endings, in the type of its scales."""
+        """The weight that is made of these parts by their endings, in some type of floating point."""
+        scheme = self.scheme(weight)
+        if scheme.weights.strategy == "block":
+            return _of_blocks(parts, scheme)
+        if scheme.weights.strategy == "tensor_group":
+            return _nvfp4(parts, scheme)
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.compressors.format import infer_module_format
         from compressed_tensors.config import CompressionFormat
         from torch import nn
 
-        scheme = self.scheme(weight)
         kind = CompressionFormat(scheme.format or infer_module_format(nn.Linear, scheme))
         compressor = BaseCompressor.get_value_from_registry(kind.value)
         named = {f"weight{ending}": part for ending, part in parts.items()}
         made: Tensor = compressor.decompress(named, scheme)["weight"]
         return made
+
+
+def _of_blocks(parts: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
+    """Blocks at the borders may be smaller, which the library's decompression does not see: it guesses their size."""
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    return dequantize(parts[""], parts["_scale"], args=scheme.weights)
+
+
+def _nvfp4(parts: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
+    """In float32, where the library's decompression rounds the scales to bfloat16 between."""
+    import torch
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    rows, columns = parts["_packed"].shape
+    numbers = unpack_fp4_from_uint8(parts["_packed"], rows, 2 * columns, torch.float32)
+    scale, of_all = parts["_scale"].float(), parts["_global_scale"]
+    return dequantize(numbers, scale, args=scheme.weights, global_scale=of_all, dtype=torch.float32)
 
 
 def _names(target: str, module: str) -> bool:

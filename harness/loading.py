@@ -83,7 +83,7 @@ def tensor_bytes(model: Model, name: str, dtype: str) -> float:
     if method == "mxfp4" and name.endswith("_blocks"):
         numbers *= 2
     elif name.endswith(".weight_packed") and model.compression is not None:
-        numbers *= model.compression.numbers(name.removesuffix("_packed"))
+        numbers = 8 * tensor.nbytes // model.compression.bits(name.removesuffix("_packed"))
     return 4.0 * numbers if dtype == "float32" else max(2.0 * numbers, tensor.nbytes)
 
 

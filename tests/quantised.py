@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BLOCK = 32  # rows and columns that share a scale; 128 in released checkpoints
+UNEVEN = 48
 FP8_MAX = 448.0
 # The sixteen values of MXFP4 (E2M1), by their code.
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -68,6 +69,28 @@ def to_int8_rows(source: Path, target: Path) -> Path:
     return _compressed(source, target, _int8_rows, "int-quantized", weights)
 
 
+def to_fp8_blocks(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in E4M3, with a scale per block: compressed-tensors' FP8-block. Of blocks as
+    large as none of the matrices, what the border leaves is smaller.
+    """
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block"}
+    return _compressed(source, target, _fp8_blocks, "float-quantized", weights | {"block_structure": [UNEVEN, UNEVEN]})
+
+
+def to_nvfp4(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in 4 bits, two to a byte, with an FP8 scale for each 16 of a row and a float32
+    for all; and, as released ones have, what scales what comes in.
+    """
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    return _compressed(source, target, _nvfp4, "nvfp4-pack-quantized", weights)
+
+
+def to_packed_mxfp4(source: Path, target: Path) -> Path:
+    """Linear layers but router and head in 4 bits, two to a byte, with an 8-bit exponent for each 32 of a row."""
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    return _compressed(source, target, _packed_mxfp4, "mxfp4-pack-quantized", weights)
+
+
 def _compressed(
     source: Path,
     target: Path,
@@ -79,11 +102,14 @@ def _compressed(
     for name, tensor in load_file(source / "model.safetensors").items():
         if name.endswith("_proj.weight") and tensor.dim() == 2:
             found |= {f"{name}{ending}": part for ending, part in compress(tensor).items()}
+            if weights["strategy"] == "tensor_group":
+                found[name.replace(".weight", ".input_global_scale")] = torch.tensor([300.0])
         else:
             found[name] = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
     group = {"targets": ["Linear"], "weights": weights, "format": format_name}
     if weights["num_bits"] == 8:  # as released: what comes in is quantised too, which in 16 bits it is not
-        group["input_activations"] = {**weights, "strategy": "token", "dynamic": True}
+        rows = {name: value for name, value in weights.items() if name != "block_structure"}
+        group["input_activations"] = {**rows, "strategy": "token", "dynamic": True}
     quantisation = {
         "quant_method": "compressed-tensors",
         "format": format_name,
@@ -109,6 +135,37 @@ def _fp8_rows(weight: Tensor) -> dict[str, Tensor]:
     return {"": (weight / scale.float()).to(torch.float8_e4m3fn), "_scale": scale}
 
 
+def _fp8_blocks(weight: Tensor) -> dict[str, Tensor]:
+    blocks = [-(-size // UNEVEN) for size in weight.shape]
+    scale = torch.empty(blocks)
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for row in range(blocks[0]):
+        for column in range(blocks[1]):
+            block = tuple(slice(UNEVEN * at, UNEVEN * (at + 1)) for at in (row, column))
+            scale[row, column] = weight[block].abs().amax().clamp_min(1e-12) / FP8_MAX
+            codes[block] = (weight[block] / scale[row, column]).to(torch.float8_e4m3fn)
+    return {"": codes, "_scale": scale}
+
+
+def _nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    of_all = FP8_MAX * 6 / weight.abs().amax()
+    groups = weight.float().unflatten(1, (-1, 16))
+    scale = (groups.abs().amax(dim=-1) / 6 * of_all).to(torch.float8_e4m3fn)
+    codes = ((groups / (scale.float() / of_all).unsqueeze(-1)).unsqueeze(-1) - FP4).abs().argmin(dim=-1).flatten(1)
+    return {"_packed": _in_bytes(codes), "_scale": scale, "_global_scale": of_all.view(1)}
+
+
+def _packed_mxfp4(weight: Tensor) -> dict[str, Tensor]:
+    packed, exponent = _mxfp4(weight.unsqueeze(0))
+    return {"_packed": packed[0].flatten(1), "_scale": exponent[0]}
+
+
+def _in_bytes(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, two neighbours to a byte."""
+    codes = codes.to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
 def _int8_rows(weight: Tensor) -> dict[str, Tensor]:
     scale = (weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127).bfloat16()
     return {"": (weight / scale.float()).round().clamp(-128, 127).to(torch.int8), "_scale": scale}
@@ -125,9 +182,8 @@ def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     experts, rows, columns = weight.shape
     blocks = weight.reshape(experts, rows, columns // 32, 32).float()
     exponent = (blocks.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 6).log2().ceil()
-    codes = ((blocks / 2**exponent).unsqueeze(-1) - FP4).abs().argmin(dim=-1).to(torch.uint8)
-    packed = codes[..., 0::2] | codes[..., 1::2] << 4
-    return packed, (exponent.squeeze(-1) + 127).to(torch.uint8)
+    codes = ((blocks / 2**exponent).unsqueeze(-1) - FP4).abs().argmin(dim=-1)
+    return _in_bytes(codes), (exponent.squeeze(-1) + 127).to(torch.uint8)
 
 
 def _write(source: Path, target: Path, tensors: dict[str, Tensor], quantisation: dict[str, object]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import checkpoint
@@ -19,12 +21,24 @@ from harness.blocks import compress
 from harness.calibrate import calibrate
 from harness.compressed import Compression, parts_of
 from harness.errors import UserError
+from harness.layer_files import Files
 from harness.models import Model
 from harness.plan import LayerPlan, Plan
 from harness.room import need
 from harness.streaming import open_streamed
 from tests.architectures import batches, write_model
-from tests.quantised import to_fp8, to_fp8_rows, to_int8_rows, to_mxfp4, to_w4a16
+from tests.quantised import (
+    FP4,
+    UNEVEN,
+    to_fp8,
+    to_fp8_blocks,
+    to_fp8_rows,
+    to_int8_rows,
+    to_mxfp4,
+    to_nvfp4,
+    to_packed_mxfp4,
+    to_w4a16,
+)
 from tests.test_streaming import same, streamed
 from tests.tiny_checkpoint import write_checkpoint
 
@@ -36,6 +50,9 @@ KINDS = [
     ("glm4_moe", to_w4a16),
     ("qwen3_moe", to_fp8_rows),
     ("qwen3_moe", to_int8_rows),
+    ("qwen3_moe", to_fp8_blocks),
+    ("glm4_moe", to_nvfp4),
+    ("glm4_moe", to_packed_mxfp4),
 ]
 
 
@@ -63,7 +80,7 @@ def raw(model: Model, name: str) -> bytes:
 def test_kept_experts_and_scales_are_copied_bit_for_bit(both: tuple[Model, Model], tmp_path: Path) -> None:
     model = both[1]
     made = pruned(model, tmp_path / "pruned")
-    single = [name for name in model.tensors if ".experts." in name and ".weight" in name and "shared" not in name]
+    single = [name for name in model.tensors if re.search(r"\.experts\.\d+\.", name)]
     stacked = [name for name in model.tensors if ".experts." in name and name not in single]
     assert single or stacked
     for name in single:
@@ -171,7 +188,33 @@ def test_what_is_unpacked_is_what_transformers_unpacks(tmp_path: Path) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("changes", [{"strategy": "block", "block_structure": [32, 32]}, {"num_bits": 4}])
+@pytest.mark.parametrize("to", [to_nvfp4, to_packed_mxfp4, to_fp8_blocks])
+def test_what_is_unpacked_is_what_the_format_says(to: Callable[[Path, Path], Path], tmp_path: Path) -> None:
+    """By another way: each number by its code, times its scales."""
+    folder = to(write_checkpoint(tmp_path / "plain"), tmp_path / "packed")
+    model = Model("packed", str(folder))
+    files = Files(model.tensors, model.compression)
+    stored = load_file(folder / "model.safetensors")
+    weight = "model.layers.0.mlp.experts.3.up_proj.weight"
+    scale = stored[f"{weight}_scale"]
+    if to is to_fp8_blocks:
+        rows, columns = stored[weight].shape
+        assert rows % UNEVEN, "a block at the border is smaller"
+        scales = scale.repeat_interleave(UNEVEN, 0)[:rows].repeat_interleave(UNEVEN, 1)[:, :columns]
+        expected = stored[weight].float() * scales.float()
+    else:
+        packed = stored[f"{weight}_packed"].long()
+        numbers = FP4[torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)]
+        if to is to_nvfp4:
+            scales = scale.float().repeat_interleave(16, 1) / stored[f"{weight}_global_scale"]
+        else:
+            scales = torch.exp2(scale.float() - 127).repeat_interleave(32, 1)
+        expected = numbers * scales
+    with files.reading([weight]) as read:
+        assert torch.equal(read(weight).float(), expected)
+
+
+@pytest.mark.parametrize("changes", [{"strategy": "group", "group_size": 32}, {"num_bits": 4, "strategy": "tensor"}])
 def test_what_would_not_be_unpacked_as_it_was_packed_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = to_fp8_rows(write_checkpoint(tmp_path / "plain"), tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
@@ -214,7 +257,7 @@ def test_what_names_a_weight_comes_before_what_is_for_all_linear_layers() -> Non
     packing = Compression({"config_groups": groups, "format": "mixed-precision"})
     prefix = "model.layers.0."
     for name in ("mlp.experts.3.up_proj.weight", "mlp.up_proj.weight"):
-        assert packing.numbers(prefix + name) == 8
+        assert packing.bits(prefix + name) == 4
     assert packing.scheme(prefix + "self_attn.q_proj.weight").weights.num_bits == 8
     alone = Compression({"config_groups": {"group_1": groups["group_1"]}, "format": "pack-quantized"})
     with pytest.raises(UserError, match=r"does not say how model.layers.0.self_attn.q_proj.weight is packed"):
