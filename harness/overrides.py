@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString, ValueType
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString, ValueType
 from hydra.errors import HydraException
 
 from harness.build import CONF, one_message
@@ -39,6 +39,17 @@ def parsed(arguments: Sequence[str]) -> list[Override]:
         _check_option(override)
     _check_grid(overrides)
     return overrides
+
+
+def chooses_a_file(override: Override) -> bool:
+    """Whether it names a file of conf/."""
+    return override.key_or_group in GROUPS and not override.package
+
+
+def sets_a_value(override: Override) -> bool:
+    """Whether it does no more than to give a setting that is there another value."""
+    plain = override.type is OverrideType.CHANGE and not override.package and "/" not in override.key_or_group
+    return plain and not chooses_a_file(override) and not isinstance(override.value(), dict)
 
 
 def _parsed(argument: str) -> Override:
@@ -73,7 +84,7 @@ def _check_key(override: Override) -> None:
 
 def _check_option(override: Override) -> None:
     """A group is set to one of its files' names."""
-    if override.key_or_group not in GROUPS or override.package:
+    if not chooses_a_file(override):
         return
     values = list(override.sweep_iterator()) if override.is_discrete_sweep() else [override.value()]
     texts = [str(value.text if isinstance(value, QuotedString) else value) for value in values]

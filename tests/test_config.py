@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from harness import run
+from harness import run, sweep
 from harness.errors import UserError
 from harness.models import ROOT
 from harness.spec import Cell, _modules, method_identity
@@ -31,7 +33,7 @@ MORE = {
     ("suite", "code"): [f"data_dir={SHARED / 'data'}"],
     ("suite", "reap_code"): [f"data_dir={SHARED / 'data'}"],
     ("sweep", "systems"): ["seed=0", "ratio=0.5"],
-    ("sweep", "zoo"): ["seed=0", "ratio=0.5"],  # composing each of its 285 cells takes a tenth of a second
+    ("sweep", "zoo"): ["seed=0", "ratio=0.5"],
     ("sweep", "domains"): ["seed=0"],
 }
 EMPTY = ("agents", "creative")  # suites of the paper's benchmarks that are not offered: conf/domain/ says why
@@ -44,13 +46,13 @@ def test_every_option_composes(group: str, option: str) -> None:
     if (group, option) == ("model", "smol_dense") and not (ROOT / "results" / "models" / option).exists():
         pytest.skip("smol_dense is not built in this checkout (./bench smol)")
     few = ["seed=42", "ratio=0.5", "method=none,reap"] if group == "experiment" else MORE.get((group, option), [])
-    sweep = expand([f"{group}={option}", *few, "dry_run=true"])
-    assert all(isinstance(cell, Cell) for cell in sweep.cells)
-    assert all(cell.label and (cell.tasks or option in EMPTY) for cell in sweep.cells)
-    assert sweep.cells or sweep.absent, "what has no benchmark says why"
-    is_here = all(cell.model.is_here and not cell.calibration.absent for cell in sweep.cells)
+    found = expand([f"{group}={option}", *few, "dry_run=true"])
+    assert all(isinstance(cell, Cell) for cell in found.cells)
+    assert all(cell.label and (cell.tasks or option in EMPTY) for cell in found.cells)
+    assert found.cells or found.absent, "what has no benchmark says why"
+    is_here = all(cell.model.is_here and not cell.calibration.absent for cell in found.cells)
     if is_here and option not in EMPTY and group != "domain":
-        sweep.check()  # what the hub has not given this machine is a line of the bill: tests/test_bill.py
+        found.check()  # what the hub has not given this machine is a line of the bill: tests/test_bill.py
 
 
 def test_the_demo_is_five_methods_at_two_ratios_and_the_uncompressed_model() -> None:
@@ -72,6 +74,26 @@ def test_a_grid_on_the_command_line() -> None:
         itertools.product(["REAP", "random"], [0.25, 0.5], [0, 1, 2])
     )
     assert len({cell.record_name(cell.tasks[0]) for cell in cells}) == 12
+
+
+@pytest.mark.parametrize(
+    "varied",
+    [
+        [
+            ["method=reap", "method=hc_smoe"],
+            ["ratio=0.25", "ratio=0.5"],
+            ["calibration.files=[a,b]", "calibration.files=[c]"],
+        ],
+        [["ratio=0.25", "ratio=0.5"], ["+method.more=1", "+method.more=2"]],
+        [["seed=1", "seed=2"], ["method.reference_compat=true", "method={reference_compat:true}"], ["method=m_smoe"]],
+    ],
+    ids=["files and values", "additions", "mappings"],
+)
+def test_where_values_alone_differ_a_cell_is_as_hydra_composes_it(varied: list[list[str]]) -> None:
+    jobs = [list(job) for job in itertools.product(*varied)]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for job, config in zip(jobs, sweep._composed(jobs), strict=True):
+            assert OmegaConf.to_yaml(config) == OmegaConf.to_yaml(compose("config", overrides=job))
 
 
 def test_the_command_line_overrides_an_axis_of_a_sweep() -> None:
