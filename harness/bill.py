@@ -131,7 +131,7 @@ def _too_large(cell: Cell, estimate: Estimate | None) -> Iterator[str]:
             f"model {model.name}: {cell.label} needs the whole model in memory, {needed / GB:.1f} GB, and this machine "
             f"has {sum(memory) / GB:.1f} GB"
         )
-    elif cell.calibrates and (least := need(model, text.dtype, text.batch_size * text.length).one_layer) > memory[0]:
+    elif cell.calibrates and (least := need(model, text.dtype, text.batch_tokens).one_layer) > memory[0]:
         yield (
             f"model {model.name}: calibration layer by layer takes {least / GB:.1f} GB, and this machine has "
             f"{memory[0] / GB:.1f} GB"

@@ -22,13 +22,15 @@ from harness.blocks import compress_block, moe_blocks
 from harness.errors import UserError
 from harness.finite import Finite
 from harness.parking import Parking
+from harness.pass_progress import PassProgress
 from harness.plan import LayerPlan
 from harness.residual import ResidualHooks
 from harness.roles import layer_index
 from harness.routed import Routed
 from harness.seam import experts_run_through, hook_routers, trunk
 from harness.stats import EXTRAS, MAXIMA, LayerStats, Stats
-from harness.streaming import Batch, Passes, Streamed
+from harness.store import say
+from harness.streaming import Batch, Passes, Streamed, are_whole
 from harness.unfinished import Unfinished
 
 Batches = Iterable[Batch]
@@ -90,29 +92,35 @@ def calibrate_streamed(
     parking: Parking,
     unfinished: Unfinished,
     all_experts: int | None = None,
-    advance: Callable[[float], object] = lambda tokens: None,
+    progress: PassProgress | None = None,
 ) -> Stats:
     """As `calibrate`, with the same sums to the last bit, of a model whose layers are read from disk one at a time.
 
-    unfinished: what an interrupted pass has left; it is gone on with. advance: told of each batch in each layer, how
+    unfinished: what an interrupted pass has left; it is gone on with. progress: told of each batch in each layer, how
     many tokens through the whole model that comes to.
     """
     observer = Observer(streamed.model, extras, routing, known=unfinished.layers, all_experts=all_experts)
     passes = Passes(streamed, batches, parking)
     start, states = unfinished.states()
+    if states is not None and not are_whole(states):
+        say("calibrate", unfinished.name, "the hidden states that were kept are damaged: it begins again from tokens")
+        start, states = 0, None
     share = 1 / len(streamed.layers)
-    advance(start * share * sum(ids.numel() for ids, _ in batches))
+    if progress is not None:
+        progress.begin_at(start * share * sum(ids.numel() for ids, _ in batches))
 
     def entering(batch: Batch) -> None:
         observer.expect(batch)
-        advance(share * batch[0].numel())
+        if progress is not None:
+            progress.advance(share * batch[0].numel())
 
     with observer.attached():
         for index in passes.layers(entering, start, states):
             observer.finite.check()
             if (seen := observer.layers.pop(index, None)) is not None:
                 unfinished.keep(index, seen.finish())
-            unfinished.save(index + 1, passes.nbytes, passes.save)
+            if index + 1 < len(streamed.layers):
+                unfinished.save(index + 1, passes.nbytes, passes.save)
     if not unfinished.layers:
         raise _unobservable(streamed.model)
     return Stats(dict(sorted(unfinished.layers.items())))
@@ -306,6 +314,8 @@ class Observer:
         if wanted:
             before = here.tokens - len(seen.hidden)
             left = None if self.all_experts is None else max(0, self.all_experts - before)
+            if left == 0 and wanted <= here.sums.keys():  # nothing more is asked, and to add it up costs as much
+                return
             gate = _known(logits)[:left].float().softmax(dim=-1) if "all_gated_output_sum" in wanted else None
             plain, gated = routed.sums_over_tokens(seen.experts, seen.hidden[:left], gate)
             found = {"all_output_sum": plain, "all_gated_output_sum": gated}

@@ -28,6 +28,7 @@ def check(cell: Cell) -> None:
     """Raise UserError for a method, allocation, recovery, text or server that does not go with the others."""
     _check_names(cell)
     _check_serve(cell.serve)
+    _check_length(cell)
     if not cell.compresses:
         return
     if isinstance(cell.serve, Server):
@@ -42,6 +43,16 @@ def check(cell: Cell) -> None:
         _check_search(cell)
         _check_barriers(cell)
         _check_plans(cell)
+
+
+def _check_length(cell: Cell) -> None:
+    positions = cell.model.config.get("max_position_embeddings")
+    reads = cell.calibrates or cell.measures_errors
+    if reads and isinstance(positions, int) and cell.calibration.length > positions:
+        raise UserError(
+            f"calibration.length={cell.calibration.length} is longer than the {positions} positions that model "
+            f"{cell.model.name!r} has: what it computes beyond them it never learnt. Largest usable: {positions}."
+        )
 
 
 def check_stock(cell: Cell) -> None:

@@ -16,6 +16,7 @@ from harness.data import Calibration
 from harness.errors import StageError, UserError
 from harness.loading import check_memory
 from harness.models import Model
+from harness.room import MaxMemory, parked
 from harness.spec import Cell
 from harness.store import Store
 from harness.sweep import Sweep, expand
@@ -38,6 +39,7 @@ def checked(arguments: Sequence[str], servers: int = 1) -> Sweep:
         if servers:
             check_servers(waiting, servers)
             check_whole_models(waiting)
+            check_room(waiting)
         check_texts(texts_of(waiting), sweep.store)
     return sweep
 
@@ -55,6 +57,17 @@ def check_whole_models(cells: Iterable[Cell]) -> None:
             check_memory(model, dtype)
         except StageError as error:
             raise UserError(f"{label}: {error}") from error
+
+
+def check_room(cells: Iterable[Cell]) -> None:
+    """Raise UserError for a max_memory that holds not even a layer of a model."""
+    asked = [cell for cell in cells if cell.calibrates and cell.max_memory != MaxMemory()]
+    passes = {(c.model, c.calibration.dtype, c.calibration.batch_tokens, c.max_memory) for c in asked}
+    for model, dtype, tokens, allowed in passes:
+        try:
+            parked(model, dtype, tokens, allowed)
+        except StageError as error:
+            raise UserError(str(error)) from error
 
 
 def texts_of(cells: Sequence[Cell]) -> list[tuple[Calibration, Model]]:

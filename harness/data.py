@@ -94,6 +94,11 @@ class Calibration:
             )
 
     @property
+    def batch_tokens(self) -> int:
+        """Of each batch."""
+        return self.batch_size * self.length
+
+    @property
     def tokens_in_all(self) -> int:
         """That statistics are gathered on."""
         return self.sequences * self.length
@@ -149,18 +154,29 @@ class Calibration:
         missing = sum(wanted)
         for document in self._shuffled():
             text = self._text(document, tokenizer)
-            documents.append(tokenizer(text, add_special_tokens=False)["input_ids"] + end)
+            documents.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end)
             missing -= len(documents[-1])
             if missing <= 0 and (parts := _parts(documents, *wanted)):
-                return np.array(parts[0] + parts[1], dtype=np.int64).reshape(-1, self.length)
+                found = np.array(parts[0] + parts[1], dtype=np.int64).reshape(-1, self.length)
+                self._check_known(found, model)
+                return found
         held = sum(map(len, documents))
         usable = range(held // self.length, 0, -1)
         most = next((n for n in usable if _parts(documents, n * self.length, wanted[1])), 0)
+        apart = "; what is held out begins with a document of its own" if self.held_out else ""
         raise UserError(
             f"calibration {self.name!r} asks for {self.sequences} + {self.held_out} sequences of {self.length} tokens, "
-            f"{sum(wanted)} in all, but its files hold {held}. Largest usable number of sequences, with "
-            f"{self.held_out} held out: {most}."
+            f"{sum(wanted)} in all, but its files hold {held} in {len(documents)} documents (in a .txt, empty lines "
+            f"part them){apart}. Largest usable number of sequences, with {self.held_out} held out: {most}."
         )
+
+    def _check_known(self, ids: np.ndarray, model: Model) -> None:
+        size = model.config.get("vocab_size")
+        if isinstance(size, int) and ids.max() >= size:
+            raise UserError(
+                f"calibration {self.name!r}: the tokenizer of model {model.name!r} gives token {ids.max()}, and the "
+                f"model has embeddings of {size}. Its folder holds the tokenizer of another model."
+            )
 
     def _text(self, document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
         if isinstance(document, str):

@@ -42,7 +42,11 @@ def documents_of(path: Path, columns: tuple[str, ...]) -> Iterator[Document]:
             yield row if path.suffix == ".txt" else _document(_parsed(row), columns)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = " or ".join(columns)
-            raise UserError(f"{path}, line {number}: not a JSON object with a {wanted} field.") from error
+            why = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+            raise UserError(
+                f"{path}, line {number}: not a JSON object with a {wanted} field{why}. calibration.columns=[<name>] "
+                "says which field is read: a text, the messages of a chat, or two, as prompt+response."
+            ) from error
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
@@ -50,7 +54,9 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
         yield from enumerate(_table(path, columns), 1)
         return
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    text = (
+        gzip.decompress(path.read_bytes()).decode("utf-8-sig") if path.suffix == ".gz" else path.read_text("utf-8-sig")
+    )
     if path.suffix == ".txt":
         yield from ((number, part) for number, part in enumerate(text.split("\n\n"), 1) if part.strip())
         return

@@ -313,7 +313,7 @@ class Pass:
     def memory(self) -> Need:
         """Bytes that it takes."""
         text = self.cell.calibration
-        return need(self.model, text.dtype, text.batch_size * text.length)
+        return need(self.model, text.dtype, text.batch_tokens)
 
     @property
     def gpus(self) -> int:

@@ -115,9 +115,7 @@ def load(model: Model, dtype: str, gpus: Sequence[float] | None = None) -> PreTr
     check_memory(model, dtype)
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # the pass over the tokens has one of its own
     if model.compression is not None:
         from harness.streaming import open_streamed
 
@@ -141,6 +139,9 @@ def from_files(kind: Any, model: Model, **given: Any) -> PreTrainedModel:
     """What a class of transformers makes of the checkpoint. Raises StageError for parameters that it finds no tensor
     for: it would fill them with random numbers.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the pass over the tokens has one of its own
     loaded, found = kind.from_pretrained(model.folder, output_loading_info=True, **given)
     if missing := sorted(found["missing_keys"]):
         raise StageError(

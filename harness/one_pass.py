@@ -8,8 +8,10 @@ made of, and made by whichever process comes to it first.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +20,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import stats
-from harness.errors import UserError
+from harness.errors import StageError, UserError
 from harness.loading import load
 from harness.provenance import provenance
 from harness.room import parked, taking_memory
 from harness.spec import Cell
 from harness.stats import Stats
 from harness.store import Store, key, say
-from harness.unfinished import Unfinished
+from harness.unfinished import Unfinished, forget, highest
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
+    from harness.pass_progress import PassProgress
     from harness.streaming import Batch
 
 
@@ -50,9 +51,13 @@ class Part:
         return fields if self.all_experts == self.ids.size else {**fields, "all_experts": self.all_experts}
 
     @cached_property
+    def stem(self) -> str:
+        return key(**self.fields)
+
+    @property
     def name(self) -> str:
         """File name of the sums."""
-        return key(**self.fields) + ".safetensors"
+        return f"{self.stem}.safetensors"
 
     def known(self, store: Store) -> frozenset[str]:
         """Extra statistics that the store has of it; empty too where it has none at all."""
@@ -116,11 +121,14 @@ def _make(part: Part, store: Store, make: Callable[[], Stats]) -> None:
 
     def write(path: Path) -> None:
         made = make()
+        if missing := sorted(part.cell.model.experts.keys() - made.layers.keys()):
+            raise StageError(f"{part.cell.model.name}: the pass over the tokens has gone by the experts of {missing}.")
         stats.save(made, path)
         say("calibrate", part.name, f"{made.provenance['seconds']:.1f} s, {part.ids.size} tokens")
 
     sizes = part.cell.model.experts, part.cell.model.config["hidden_size"]
     store.put("stats", part.name, write, stats.nbytes(part.cell.extras | part.known(store), *sizes))
+    forget(store, part.stem)
 
 
 def _joined(part: Part, shards: Sequence[Part], store: Store) -> Stats:
@@ -134,9 +142,7 @@ def _joined(part: Part, shards: Sequence[Part], store: Store) -> Stats:
         provenance={
             **part.fields,
             "seconds": sum(about["seconds"] for about in abouts),
-            "peak_memory": {
-                what: max(about["peak_memory"][what] for about in abouts) for what in abouts[0]["peak_memory"]
-            },
+            "peak_memory": functools.reduce(highest, (about["peak_memory"] for about in abouts)),
             "number_of_tokens": int(part.ids.size),
             "shards": len(shards),
             "asked": sorted(part.cell.extras),
@@ -161,19 +167,18 @@ def _gather(part: Part, store: Store) -> Stats:
 
 
 def _calibrate(part: Part, extras: frozenset[str], store: Store) -> Stats:
-    from tqdm import tqdm
-
     from harness.memory import forget_peak, peak
+    from harness.pass_progress import PassProgress
 
     forget_peak()
-    start = time.perf_counter()
-    with tqdm(desc="calibrate", total=part.ids.size, unit=" tokens", unit_scale=True, leave=False) as bar:
-        layers, how = _observed(part, extras, store, bar)
+    start, left = time.perf_counter(), _left(part, extras, store)
+    with closing(PassProgress(part.name, part.ids.size)) as progress:
+        layers, how = _observed(part, extras, store, left, progress)
     about = {
         **part.fields,
-        **how,
-        "seconds": time.perf_counter() - start,
-        "peak_memory": peak(),
+        "layers": how,
+        "seconds": left.seconds + time.perf_counter() - start,
+        "peak_memory": highest(left.peak, peak()),
         "number_of_tokens": int(part.ids.size),
         "asked": sorted(part.cell.extras),
         **provenance(),
@@ -181,34 +186,48 @@ def _calibrate(part: Part, extras: frozenset[str], store: Store) -> Stats:
     return Stats(layers, about)
 
 
-def _observed(part: Part, extras: frozenset[str], store: Store, bar: tqdm) -> tuple[Any, dict[str, Any]]:
-    """The sums of each layer, and how the model was in memory."""
+def _observed(
+    part: Part, extras: frozenset[str], store: Store, left: Unfinished, progress: PassProgress
+) -> tuple[Any, str]:
+    """The sums of each layer, and how many of them were in memory at a time."""
     from harness.calibrate import calibrate, calibrate_streamed, packed_batches
     from harness.streaming import open_streamed
 
     cell, text = part.cell, part.cell.calibration
     batches = list(packed_batches(part.ids, text.batch_size))
     with taking_memory():
-        room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
+        room = parked(cell.model, text.dtype, text.batch_tokens, cell.max_memory)
         if room is None:
             model = load(cell.model, text.dtype, cell.max_memory.gpus_left() if cell.max_memory.gpu else None)
         else:
             opened = open_streamed(cell.model, text.dtype)
     if room is None:
-        made = calibrate(model, _shown(batches, bar), extras, cell.routing, part.all_experts)
-        return made.layers, {"layers": "all"}
-    name = key(**part.fields, extras=sorted(extras), batch_size=text.batch_size)
-    unfinished = Unfinished(store, name)
-    with store.workspace(f"states-{name}") as folder:
+        made = calibrate(model, _shown(batches, progress), extras, cell.routing, part.all_experts)
+        return made.layers, "all"
+    done = f", goes on: {len(left.layers)} layers are done" if left.layers else ""
+    say("calibrate", part.name, f"layer by layer, {len(opened.layers)} layers{done}")
+    with store.workspace(f"states-{left.name}") as folder:
         made = calibrate_streamed(
-            opened, batches, extras, cell.routing, room.parking(folder), unfinished, part.all_experts, bar.update
+            opened, batches, extras, cell.routing, room.parking(folder), left, part.all_experts, progress
         )
-    unfinished.forget()
-    return made.layers, {"layers": "one at a time"}
+    return made.layers, "one at a time"
 
 
-def _shown(batches: Sequence[Batch], bar: tqdm) -> Iterator[Batch]:
-    """The batches, each on the bar when the next is asked for."""
+def _left(part: Part, extras: frozenset[str], store: Store) -> Unfinished:
+    """What an interrupted pass that went layer by layer has left of a part, as this one would make it."""
+    import torch
+
+    how = key(
+        extras=sorted(extras),
+        batch_size=part.cell.calibration.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        versions=[importlib.metadata.version(name) for name in ("torch", "compressed-tensors")],
+    )
+    return Unfinished(store, f"{part.stem}-{how}")
+
+
+def _shown(batches: Sequence[Batch], progress: PassProgress) -> Iterator[Batch]:
+    """The batches, each counted when the next is asked for."""
     for batch in batches:
         yield batch
-        bar.update(batch[0].numel())
+        progress.advance(batch[0].numel())

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 
 from harness import gather
-from harness.commandline import before_work, check_texts, check_whole_models, refuse_politely, texts_of
+from harness.commandline import before_work, check_room, check_texts, check_whole_models, refuse_politely, texts_of
 from harness.errors import UserError
+from harness.interrupt import interruptible, leave
 from harness.sweep import expand
 
 
@@ -27,10 +28,13 @@ def main() -> int:
         sweep.check()
         check_whole_models(cells)
         check_texts(texts_of(cells), sweep.store)
-    for cell in cells:
-        gather.statistics(cell, sweep.store)
+        check_room(cells)
+    sweep.store.sweep_out()
+    with interruptible():
+        for cell in cells:
+            gather.statistics(cell, sweep.store)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

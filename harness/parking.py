@@ -4,6 +4,8 @@ machine's memory, then on disk.
 
 from __future__ import annotations
 
+import os
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,13 +78,35 @@ def release(tensor: Tensor) -> None:
 
 def write(tensor: Tensor, file: Path) -> None:
     """The bytes of a tensor, whatever its type."""
-    tensor.contiguous().cpu().view(torch.uint8).numpy().tofile(file)
+    with file.open("wb") as opened:
+        opened.write(_bytes(tensor))
+
+
+def write_lasting(tensor: Tensor, file: Path) -> int:
+    """The same, on the disk when this returns; their checksum."""
+    write(tensor, file)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    return zlib.crc32(_bytes(tensor))
+
+
+def checksum(file: Path) -> int:
+    """Of a file's bytes."""
+    found = 0
+    with file.open("rb") as opened:
+        while part := opened.read(2**24):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().data
 
 
 def read(file: Path, like: Tensor) -> Tensor:
     """What `write` wrote of a tensor of the same shape, type and device."""
     found = torch.empty(like.shape, dtype=like.dtype)
-    with file.open("rb", buffering=0) as opened:
+    with file.open("rb") as opened:  # not unbuffered: that reads at most 2 GiB at once
         got = opened.readinto(found.view(torch.uint8).numpy().data)
     assert got == found.nbytes, f"{file} holds {got} bytes of {found.nbytes}"
     return found.to(like.device)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 PROCESS = 0.7 * GIB  # resident memory of a process that has PyTorch and transformers loaded, and computes nothing
-KEPT = 0.3 * GIB  # what allocators and caches of kernels keep in the course of a pass; measured on a CPU
+KEPT = 0.4 * GIB  # what allocators and caches of kernels keep in the course of a pass; measured on a CPU
 SHARE = 0.9  # of what is free, to be planned with
 
 

@@ -40,10 +40,10 @@ from methods.none import NoCompression
 from tasks import Task
 
 # Raise one when a change of our code changes what it stands for; what was made before is then made anew.
-STATS_SCHEMA = 5  # the sums of harness/sums.py, routed.py and weights.py, and how calibrate.py gathers them
+STATS_SCHEMA = 6  # the sums of harness/sums.py, routed.py and weights.py, and how calibrate.py gathers them
 ERRORS_SCHEMA = 1  # the errors of harness/reconstruct.py, and the blocks in memory of blocks.py and align.py
 SEARCH_SCHEMA = 1  # the answers of harness/model_search.py, masked.py and search.py
-BARRIER_SCHEMA = 1  # the sums of harness/barriers.py
+BARRIER_SCHEMA = 2  # the sums of harness/barriers.py
 SCORE_SCHEMA = 1  # the checkpoint of harness/checkpoint.py, and scores of tasks/
 
 
@@ -156,9 +156,11 @@ class Cell:
         return {"recovery": {**remake.identity(self.recovery), **asked}}
 
     def observed(self, ids: np.ndarray) -> dict[str, Any]:
-        """What determines whatever a pass of the model over these tokens finds: the fields of its key."""
+        """What determines whatever a pass of the model over these tokens [S, T] finds: the fields of its key. Cut to
+        another length, the same tokens see other neighbours.
+        """
         tokens = hashlib.sha256(ids.tobytes()).hexdigest()
-        return {"model": self.model.digest, "tokens": tokens, **self.observed_how()}
+        return {"model": self.model.digest, "tokens": tokens, "shape": list(ids.shape), **self.observed_how()}
 
     def observed_how(self) -> dict[str, Any]:
         """What determines the sums besides model and tokens."""

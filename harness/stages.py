@@ -117,7 +117,7 @@ def _errors(cell: Cell, made: Plan, store: Store) -> dict[int, float]:
     from harness.streaming import open_streamed
 
     text = cell.calibration
-    room = parked(cell.model, text.dtype, text.batch_size * text.length, cell.max_memory)
+    room = parked(cell.model, text.dtype, text.batch_tokens, cell.max_memory)
     if room is None:
         return _reconstruction(cell, store).errors(made.layers)
     batches = list(packed_batches(gather.held_out_tokens(cell, store), text.batch_size))

@@ -6,8 +6,9 @@ go through a layer while its weights are there, and whatever a model does betwee
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from harness.layer_files import Files, Sources, by_layer, load, load_parameter
 from harness.loading import architecture, config_to_compute, from_files
 from harness.memory import give_back
 from harness.models import Model
-from harness.parking import Parking, read, release, write
+from harness.parking import Parking, checksum, read, release, write_lasting
 from harness.read_ahead import reading_ahead
 from harness.seam import decoder, trunk
+from harness.sharing import Sharing
 from harness.tensors import Tensor as StoredTensor
 
 Batch = tuple[Tensor, Tensor]  # token ids and attention mask, both int64 [B, T]
@@ -149,6 +151,8 @@ class Passes:
     def __init__(self, streamed: Streamed, batches: Sequence[Batch], parking: Parking) -> None:
         self.streamed, self.batches, self.parking = streamed, batches, parking
         self.form: int | None = None  # of what layers return: states alone (0), a tuple of so many with nothing else
+        self.hands_on = False  # whether layers leave something for later ones in a mapping that all are given
+        self.sharing = Sharing()
 
     def layers(self, entering: Callable[[Batch], None], start: int = 0, states: Path | None = None) -> Iterator[int]:
         """Take all batches through one layer after the other; gives the number of each when they are through it and its
@@ -159,7 +163,7 @@ class Passes:
         and if what comes out of the last is not finite.
         """
         if states is not None:
-            self.form = int((states / FORM).read_text())
+            self.form = json.loads((states / FORM).read_text())["form"]
         with self._doors(start), torch.no_grad():
             passes = [greenlet(self._forward) for _ in self.batches]
             try:
@@ -172,6 +176,7 @@ class Passes:
                         for number, one in enumerate(passes):
                             entering(self.batches[number])
                             self._through(number, one, index)
+                        self.sharing.check(type(self.streamed.model).__name__)
                         yield index
             finally:
                 for one in passes:
@@ -188,12 +193,13 @@ class Passes:
         """Write what comes to the next layer into a folder; False if that is more than hidden states."""
         if self.form is None:
             return False
+        checksums = []
         for number in range(len(self.batches)):
             self.parking.fetch(number)
             hidden = self.parking.parked[number]
-            write(hidden, folder / f"{number}.bin")
+            checksums.append(write_lasting(hidden, folder / f"{number}.bin"))
             self.parking.put(number, hidden)
-        (folder / FORM).write_text(str(self.form))
+        (folder / FORM).write_text(json.dumps({"form": self.form, "checksums": checksums}))
         return True
 
     def _put_back(self, number: int, states: Path) -> None:
@@ -219,6 +225,7 @@ class Passes:
             mask = self.batches[number][1].bool().to(hidden.device)
             if not hidden.isfinite().all(dim=-1)[mask].all():
                 raise not_finite(f"behind layer {door - 1}", "the hidden states")
+        self.sharing.look(one.gr_frame, hidden, is_first=number == 0)
         self.parking.put(number, hidden)
 
     def _forward(self, batch: Batch) -> None:
@@ -239,8 +246,10 @@ class Passes:
                 if index < start:
                     return (hidden.clone(), *[None] * (self.form - 1)) if self.form else hidden.clone()
                 main.switch((index, hidden))
+                before = _sizes(arguments, named)
                 found = forward(*arguments, **named)
-                self.form = _form(found)
+                self.hands_on |= before != _sizes(arguments, named)
+                self.form = None if self.hands_on else _form(found)
                 if index == len(layers) - 1:
                     main.switch((index + 1, found[0] if isinstance(found, tuple) else found))
                 return found
@@ -257,6 +266,20 @@ class Passes:
                     del layer.forward
                 else:
                     layer.forward = before
+
+
+def are_whole(states: Path) -> bool:
+    """Whether the hidden states that `Passes.save` wrote into this folder are as it wrote them."""
+    try:
+        checksums = json.loads((states / FORM).read_text())["checksums"]
+        return all(checksum(states / f"{number}.bin") == one for number, one in enumerate(checksums))
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(arguments: tuple[Any, ...], named: dict[str, Any]) -> list[int]:
+    """Of the mappings that a layer is given."""
+    return [len(value) for value in (*arguments, *named.values()) if isinstance(value, MutableMapping)]
 
 
 def _form(found: Any) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from harness import stats
 from harness.errors import DiskFullError
@@ -13,6 +14,10 @@ from harness.store import Store, remove, say
 
 KIND = "unfinished"
 SHARE = 0.05  # of the time, that may go into saving hidden states
+
+
+class _MoreThanStates(Exception):  # noqa: N818 - not an error
+    """What comes to the next layer is more than hidden states can hold."""
 
 
 class Unfinished:
@@ -24,18 +29,30 @@ class Unfinished:
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
         self.layers: dict[int, LayerStats] = {}
+        self.seconds, self.peak = 0.0, dict[str, int]()  # of the processes before this one
         for path in self._paths("layer"):
-            self.layers |= stats.load(path).layers
-        self._saved_at, self._seconds = time.monotonic(), 0.0
+            self._take(stats.load(path))
+        self._since = self._saved_at = time.monotonic()
+        self._saving = 0.0
+
+    def _take(self, found: Stats) -> None:
+        self.layers |= found.layers
+        self.seconds += found.provenance["seconds"]
+        self.peak = highest(self.peak, found.provenance["peak_memory"])
 
     def _paths(self, what: str) -> list[Path]:
         return sorted(self.store.path(KIND, "").glob(f"{self.name}-{what}-*"))
 
     def keep(self, layer: int, found: LayerStats) -> None:
         """A layer is done."""
+        from harness.memory import peak
+
         self.layers[layer] = found
+        now = time.monotonic()
+        about: dict[str, Any] = {"seconds": now - self._since, "peak_memory": peak()}
+        self._since = now
         name = f"{self.name}-layer-{layer:04}.safetensors"
-        self.store.put(KIND, name, lambda path: stats.save(Stats({layer: found}), path))
+        self.store.put(KIND, name, lambda path: stats.save(Stats({layer: found}, about), path))
 
     def states(self) -> tuple[int, Path | None]:
         """The layer to begin with, and the folder of what comes to it; the first, from tokens, without one."""
@@ -45,28 +62,38 @@ class Unfinished:
     def save(self, layer: int, nbytes: int, write: Callable[[Path], bool]) -> None:
         """Keep what comes to this layer, if that takes no more than `SHARE` of the time."""
         start = time.monotonic()
-        if (start - self._saved_at) * SHARE < self._seconds:
+        if (start - self._saved_at) * SHARE < self._saving:
             return
         before = self._paths("states")
-        can_be_saved = True
 
         def make(path: Path) -> None:
-            nonlocal can_be_saved
             path.mkdir()
-            can_be_saved = write(path)
+            if not write(path):
+                raise _MoreThanStates
 
         try:
-            made = self.store.put(KIND, f"{self.name}-states-{layer:04}", make, nbytes)
-        except DiskFullError:
-            say("calibrate", self.name, "hidden states are not kept: the disk is too full")
-            can_be_saved = False
-        else:
-            for path in [*before, *([] if can_be_saved else [made])]:
-                remove(path)
-        self._saved_at = time.monotonic()
-        self._seconds = self._saved_at - start if can_be_saved else float("inf")
-
-    def forget(self) -> None:
-        """It is finished."""
-        for path in [*self._paths("layer"), *self._paths("states")]:
+            self.store.put(KIND, f"{self.name}-states-{layer:04}", make, nbytes)
+        except (DiskFullError, _MoreThanStates) as problem:
+            why = "this model hands on more than them" if isinstance(problem, _MoreThanStates) else "the disk is full"
+            say("calibrate", self.name, f"hidden states are not kept: {why}. Killed, it begins again from tokens")
+            self._saving = float("inf")
+            return
+        for path in before:
             remove(path)
+        self._saved_at = time.monotonic()
+        self._saving = self._saved_at - start
+
+
+def forget(store: Store, name: str) -> None:
+    """Remove what is kept of all calibrations whose names begin so: their sums are in the store.
+
+    Hidden states first: killed in between, layers without them are of use, and they without layers would lead astray.
+    """
+    for what in ("states", "layer"):
+        for path in store.path(KIND, "").glob(f"{name}*-{what}-*"):
+            remove(path)
+
+
+def highest(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """The larger of each of two processes' peaks, of which one may have seen no GPU."""
+    return {what: max(one.get(what, 0), other.get(what, 0)) for what in {**one, **other}}

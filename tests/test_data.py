@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL.folder)
     tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}{{ messages[0].content }}"
     tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copy(MODEL.folder / "config.json", tmp_path / "model")
     model = Model("calls", str(tmp_path / "model"))
     rows = [{"messages": [{"role": "user", "content": "x" * 40}], "tools": [{"name": "own"}]}]
     rows.append({"messages": [{"role": "user", "content": "y" * 40}, {"role": "assistant", "tool_calls": [CALL]}]})
@@ -104,6 +106,29 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
         (tmp_path / "tools.json").write_text(content)
         with pytest.raises(UserError, match="calibration.tools=.* cannot be read as JSON"):
             replace(made).check()
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", '{"text": "one"}\n'), ("a.txt", "one")):
+        (tmp_path / name).write_text(content, "utf-8-sig")
+        assert list(documents_of(tmp_path / name, ("text",))) == ["one"]
+    (tmp_path / "b.jsonl").write_text('{"text": "one\n')
+    with pytest.raises(UserError, match=r"line 1: .*Unterminated string.* calibration.columns="):
+        list(documents_of(tmp_path / "b.jsonl", ("text",)))
+
+
+def test_tokens_that_the_model_has_not_are_refused(file: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(MODEL.folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    with pytest.raises(UserError, match=r"gives token \d+, and the model has embeddings of 20"):
+        calibration(file).tokens(Model("another", str(folder)))
+
+
+def test_one_long_document_is_refused_with_why_it_is_not_enough(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one line\n" * 400)
+    with pytest.raises(UserError, match=r"in 1 documents .*begins with a document of its own.* held out: 0"):
+        calibration(tmp_path / "a.txt").tokens(MODEL)
 
 
 def test_files_are_drawn_from_in_turn_by_their_weights(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import gather, memory, one_pass, only_calibrate, room, stages, stats
+from harness import gather, memory, one_pass, only_calibrate, room, routed, stages, stats
 from harness.errors import StageError, UserError
 from harness.models import ROOT, Model
 from harness.room import GIB, MaxMemory, need, parked
@@ -91,6 +91,34 @@ def test_every_expert_runs_on_the_first_tokens_only(tmp_path: Path) -> None:
     for method, changed in (("reap", False), ("hc_smoe", True)):
         plain, bounded = (cell_of(tmp_path, f"method={method}", *more) for more in ([], changes))
         assert (plain.identity() != bounded.identity()) == changed
+
+
+@pytest.mark.parametrize("shards, asked", [(1, [100] * 4), (3, [0] * 8 + [100] * 4)])
+def test_tokens_beyond_the_first_cost_nothing_in_every_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, asked: list[int]
+) -> None:
+    """Three batches in four layers; once where a shard has none of these tokens, so that its sums are there."""
+    seen: list[int] = []
+
+    def sums(experts: Any, hidden: Any, gate: Any, real: Callable[..., Any] = routed.sums_over_tokens) -> Any:
+        seen.append(len(hidden))
+        return real(experts, hidden, gate)
+
+    monkeypatch.setattr(routed, "sums_over_tokens", sums)
+    found = gathered(tmp_path, EVERYTHING, "calibration.all_expert_tokens=100", f"calibration.shards={shards}")
+    assert sorted(seen) == asked and found.layers[0]["all_output_sum"].any()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_same_tokens_in_another_length_are_another_text(tmp_path: Path, shards: int) -> None:
+    """Cut elsewhere they see other neighbours, though a text is one row of tokens."""
+    shapes = [(8, 32), (2, 128), (4, 64)]
+    for sequences, length in shapes:
+        changes = [f"calibration.sequences={sequences}", f"calibration.length={length}", f"calibration.shards={shards}"]
+        changes += ["calibration.batch_size=1"]
+        found = gathered(tmp_path / "one", *changes)
+        assert same(gathered(tmp_path / f"{sequences}", *changes), found) and found.layers[0].tokens == 256
+    assert len(list((tmp_path / "one" / "stats").iterdir())) == len(shapes) * (1 if shards == 1 else 3)
 
 
 def test_two_processes_share_the_shards(tmp_path: Path) -> None:
@@ -206,6 +234,11 @@ def test_only_statistics_are_gathered(tmp_path: Path, monkeypatch) -> None:
         (["method=random"], "No method of these reads statistics"),
         (["method=reap", "calibration.shards=4"], "6 sequences in batches of 2 make 1 to 3 shards"),
         (["method=reap", "dry_run=true"], "this command has no bill"),
+        (["max_memory.ram=0.1"], "max_memory.ram=0.1 does not hold one layer of tiny"),
+        (["calibration.length=2048"], "longer than the 1024 positions that model 'tiny' has"),
+        (["calibration.columns=[messages]"], "not a JSON object with a messages field"),
+        (["calibration.weights=[1,2]"], "for each of the 4 files"),
+        (["calibration.tools=nowhere.json"], "no file 'nowhere.json'"),
     ],
 )
 def test_what_cannot_be_gathered_is_refused(arguments: list[str], message: str, tmp_path, monkeypatch, capsys) -> None:
