@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import inventory, tensors
+from harness import fingerprints, inventory, tensors
 from harness.compressed import METHOD, Compression
 from harness.errors import UserError
 from harness.roles import EXPERT_COUNT, LAYER, TOP_K, experts_on_disk, list_of, role
@@ -243,7 +243,7 @@ class Model:
         return self._digest(*inventory.TOKENIZER)
 
     def _digest(self, *patterns: str) -> str:
-        found = {file.name: inventory.read(file) for file in inventory.files(self.folder, patterns)}
+        found = fingerprints.of_files(inventory.files(self.folder, patterns), self.name)
         inventory.check_known(self.folder, found)
         return hashlib.sha256("\n".join(f"{name} {one.sha256}" for name, one in found.items()).encode()).hexdigest()
 
