@@ -639,7 +639,10 @@ def combination_cases() -> dict[str, Case]:
             ["serve=hf", "model.path={world}/models/grouped", "allocation=global_score", "ratio=0"],
             ["n_group"],
         ),
-        "groups that the ratio breaks": (["serve=hf", "model.path={world}/models/grouped", "ratio=0.25"], ["groups"]),
+        "groups that the ratio breaks": (
+            ["serve=hf", "model.path={world}/models/grouped", "ratio=0.25", "calibration.length=64"],
+            ["groups"],
+        ),
         "recovery of nothing cut": (["method=none", "+recovery.drop_layers=1"], ["drop_layers"]),
         "all blocks dropped": (["recovery=all", "recovery.drop_layers=4"], ["drop_layers=4", "4 blocks"]),
         "a recovery text that is missing": (["recovery=all", "recovery.text.files=[gone.jsonl]"], ["gone.jsonl"]),

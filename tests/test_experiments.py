@@ -176,6 +176,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     assert tokenizer.chat_template is None
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_bytes((source.folder / "config.json").read_bytes())
     return source, Model("chat", str(folder))
 
 
