@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 HUB = "hub:"  # such files lie in a data set's repository on the Hugging Face hub
 TEXT = ("text",)
+TODAY = datetime.date(2026, 1, 1)  # for templates that write the date: the same text has the same tokens on every day
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,11 @@ class Calibration:
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    document.messages, tools=tools, tokenize=False, add_generation_prompt=False
+                    document.messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=False,
+                    strftime_now=TODAY.strftime,
                 )
             )
         except Exception as error:  # a template may refuse a chat, in words of its own

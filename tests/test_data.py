@@ -131,6 +131,17 @@ def test_one_long_document_is_refused_with_why_it_is_not_enough(tmp_path: Path) 
         calibration(tmp_path / "a.txt").tokens(MODEL)
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL.folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }} {{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copy(MODEL.folder / "config.json", tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 200}]}) + "\n")
+    made = replace(calibration(tmp_path / "a.jsonl", held_out=0, sequences=2), columns=("messages",))
+    text = tokenizer.decode(made.tokens(Model("dated", str(tmp_path / "model"))).flatten())
+    assert "01 January 2026 xxx" in text
+
+
 def test_files_are_drawn_from_in_turn_by_their_weights(tmp_path: Path) -> None:
     """Until all are; within a file in an order of the seed."""
     for name, count in (("a", 6), ("b", 3)):
