@@ -105,11 +105,13 @@ def told(sweep: Sweep, states: Sequence[CellState]) -> str:
     workers = len({(state.holder.host, state.holder.pid) for state in states if state.holder})
     used = sum(state.seconds for state in states)
     running = "" if workers else " for one worker; none is running"
+    gathering = sweep.store.held("stats")
     return (
         f"{sweep.name} in {sweep.store.root}\n"
         f"{len(states)} cells: {_listed(cells)}\n"
         f"{records.total()} records: {_listed(records)}\n"
         f"{in_words(used)} used, {time_left(states, workers, time.time())}{running}"
+        + (f"\n{gathering} gathering statistics" if gathering else "")
     )
 
 

@@ -7,6 +7,7 @@ machine or on several: each thing is made by one of them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,6 +16,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,15 @@ class Store:
                 yield True
         except Timeout:
             yield False
+
+    def held(self, kind: str) -> int:
+        """How many names of this kind are held, by processes that have given signs of life."""
+        now = time.time()
+        moments = []
+        for lock in self.root.glob(f"locks/{kind}-*.lock"):
+            with contextlib.suppress(OSError):  # given back meanwhile
+                moments.append(lock.stat().st_mtime)
+        return sum(now - moment < LEASE_S for moment in moments)
 
     def _lease(self, kind: str, name: str) -> SoftFileLease:
         folder = self.root / "locks"

@@ -145,6 +145,20 @@ def test_the_command_prints_one_table_without_torch(store: Store, cells: tuple[C
     )
 
 
+def test_processes_that_gather_statistics_are_counted(store: Store, cells: tuple[Cell, ...]) -> None:
+    """Also those of ./bench calibrate, which is at no cell; one that was killed counts until its lease is over."""
+    asked = status.Sweep("asked", cells, store)
+
+    def said() -> str:
+        return status.told(asked, Progress(cells, store).look())
+
+    with store.locked("stats", "one"), store.locked("stats", "two"), store.locked("plans", "three"):
+        assert said().endswith("none is running\n2 gathering statistics")
+        os.utime(store.path("locks", "stats-one.lock"), (0, 0))
+        assert said().endswith("\n1 gathering statistics")
+    assert "gathering" not in said()
+
+
 def test_watching_ends_when_nothing_is_left(store: Store, cells: tuple[Cell, ...], monkeypatch, capsys) -> None:
     for cell in cells[3:]:
         plant(store, cell, "done")
