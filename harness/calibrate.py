@@ -102,8 +102,11 @@ def calibrate_streamed(
     observer = Observer(streamed.model, extras, routing, known=unfinished.layers, all_experts=all_experts)
     passes = Passes(streamed, batches, parking)
     start, states = unfinished.states()
-    if states is not None and not are_whole(states):
-        say("calibrate", unfinished.name, "the hidden states that were kept are damaged: it begins again from tokens")
+    before = {layer for layer in moe_blocks(streamed.model) if layer < start}
+    if states is not None and (before - unfinished.layers.keys() or not are_whole(states)):
+        say(
+            "calibrate", unfinished.name, "what was kept of it is damaged or not all there: it begins again from tokens"
+        )
         start, states = 0, None
     share = 1 / len(streamed.layers)
     if progress is not None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from harness import scoring
+from harness import gather, scoring
 from harness.data import Calibration
 from harness.errors import StageError, UserError
 from harness.loading import check_memory
@@ -39,7 +39,8 @@ def checked(arguments: Sequence[str], servers: int = 1) -> Sweep:
         if servers:
             check_servers(waiting, servers)
             check_whole_models(waiting)
-            check_room(waiting)
+        if servers == 1:  # of several, each looks for itself: to look at a GPU takes some of it
+            check_room(waiting, sweep.store)
         check_texts(texts_of(waiting), sweep.store)
     return sweep
 
@@ -59,9 +60,10 @@ def check_whole_models(cells: Iterable[Cell]) -> None:
             raise UserError(f"{label}: {error}") from error
 
 
-def check_room(cells: Iterable[Cell]) -> None:
-    """Raise UserError for a max_memory that holds not even a layer of a model."""
-    asked = [cell for cell in cells if cell.calibrates and cell.max_memory != MaxMemory()]
+def check_room(cells: Iterable[Cell], store: Store) -> None:
+    """Raise UserError for a max_memory that holds not even a layer of a model that is to be calibrated."""
+    limited = (cell for cell in cells if cell.calibrates and cell.max_memory != MaxMemory())
+    asked = [cell for cell in limited if not gather.is_made(cell, store)]
     passes = {(c.model, c.calibration.dtype, c.calibration.batch_tokens, c.max_memory) for c in asked}
     for model, dtype, tokens, allowed in passes:
         try:

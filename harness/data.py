@@ -141,7 +141,7 @@ class Calibration:
     def tokens_name(self, model: Model) -> str:
         """File name of this text in the model's tokens, those held out included."""
         documents = {**self.identity(), "held_out": self.held_out}
-        return key(documents=documents, tokenizer=model.tokenizer_digest) + ".safetensors"
+        return key(documents=documents, tokenizer=model.tokenizer_digest, today=str(TODAY)) + ".safetensors"
 
     def tokens(self, model: Model) -> np.ndarray:
         """Packed token ids, int64, shape [sequences + held_out, length], documents separated by the end-of-text token.

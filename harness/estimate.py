@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from harness import checkpoint, gather, one_pass, scoring, stages, stats
+from harness import checkpoint, gather, scoring, stages, stats
 from harness import plan as plans
 from harness.absent import absent_data
 from harness.errors import UserError
@@ -348,6 +348,4 @@ def passes(sweep: Sweep, estimates: Sequence[Estimate]) -> list[Pass]:
 
 
 def _has_statistics(cell: Cell, extras: frozenset[str], store: Store) -> bool:
-    if not _is_known(cell, store) or not store.path("tokens", cell.tokens_name).exists():
-        return False
-    return one_pass.whole(replace(cell, collect=extras), gather.tokens(cell, store)).is_made(store)
+    return _is_known(cell, store) and gather.is_made(replace(cell, collect=extras), store)

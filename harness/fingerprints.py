@@ -34,29 +34,24 @@ def of_files(files: Iterable[Path], of: str) -> dict[str, Fingerprint]:
     if left > 2**30:
         say("read", of, f"{left / 2**30:,.1f} GiB are read once, to know them again")
     said = time.monotonic()
-    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as readers:
+    readers = ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)))
+    try:
         reading = {readers.submit(_read, file): file for file in new}
-        try:
-            for done in as_completed(reading):
-                found[reading[done]] = done.result()
-                left -= reading[done].stat().st_size
-                if time.monotonic() - said > SAY_S:
-                    said = time.monotonic()
-                    say("read", of, f"{left / 2**30:,.1f} GiB left")
-        finally:  # also of what fails: the others are not read in vain
-            for one in reading:
-                one.cancel()
+        for done in as_completed(reading):
+            found[reading[done]] = done.result()
+            left -= reading[done].stat().st_size
+            if time.monotonic() - said > SAY_S:
+                said = time.monotonic()
+                say("read", of, f"{left / 2**30:,.1f} GiB left")
+    finally:  # after Ctrl-C, or a file that is refused, nobody waits for the others
+        readers.shutdown(wait=False, cancel_futures=True)
     return {file.name: found[file] for file in files}
 
 
 def _read(file: Path) -> Fingerprint:
-    before = file.stat()
+    before, now = file.stat(), time.time_ns()
     found = read(file)
-    if (
-        before.st_size >= LARGE
-        and time.time_ns() - before.st_ctime_ns > SETTLED_NS
-        and _state(before) == _state(file.stat())
-    ):
+    if before.st_size >= LARGE and now - before.st_ctime_ns > SETTLED_NS and _state(before) == _state(file.stat()):
         _remember(before, found)
     return found
 
@@ -73,16 +68,16 @@ def _place(about: os.stat_result) -> Path:
 
 
 def _remember(about: os.stat_result, found: Fingerprint) -> None:
-    place = _place(about)
-    partial = place.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # it is only quicker
+    with contextlib.suppress(OSError, RuntimeError):  # it is only quicker; a user without a home has no place for it
+        place = _place(about)
+        partial = place.with_suffix(f".{os.getpid()}")
         place.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(asdict(found)))
         partial.replace(place)
 
 
 def _remembered(file: Path) -> Fingerprint | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):
         about = file.stat()
         return Fingerprint(**json.loads(_place(about).read_text())) if about.st_size >= LARGE else None
     return None

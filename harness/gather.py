@@ -25,6 +25,12 @@ def held_out_tokens(cell: Cell, store: Store) -> np.ndarray:
     return packed(cell.calibration, cell.model, store)[1]
 
 
+def is_made(cell: Cell, store: Store) -> bool:
+    """Whether the store has what a pass over the cell's calibration text finds."""
+    has_tokens = store.path("tokens", cell.tokens_name).exists()
+    return has_tokens and one_pass.whole(cell, tokens(cell, store)).is_made(store)
+
+
 def statistics(cell: Cell, store: Store) -> Stats:
     """Every sum the method needs, of the calibration text and of the weights; at the least the layers' sizes."""
     found = Stats({layer: LayerStats(experts) for layer, experts in cell.model.experts.items()})

@@ -108,17 +108,19 @@ def sums(part: Part, store: Store) -> Stats:
     with store.locked("stats", part.name):
         if part.is_made(store):
             say("calibrate", part.name, "cached")
-        else:
-            join = functools.partial(_joined, part, shards, store)
-            _make(part, store, join if len(shards) > 1 else functools.partial(_gather, part, store))
+        join = functools.partial(_joined, part, shards, store)
+        _make(part, store, join if len(shards) > 1 else functools.partial(_gather, part, store))
     return stats.load(store.path("stats", part.name))
 
 
 def _make(part: Part, store: Store, make: Callable[[], Stats]) -> None:
-    """Put the sums of a part into the store, if they are not there."""
-    if part.is_made(store):
-        return
+    """Put the sums of a part into the store, if they are not there; what led to them goes in any case."""
+    if not part.is_made(store):
+        _put(part, store, make)
+    forget(store, part.stem)
 
+
+def _put(part: Part, store: Store, make: Callable[[], Stats]) -> None:
     def write(path: Path) -> None:
         made = make()
         if missing := sorted(part.cell.model.experts.keys() - made.layers.keys()):
@@ -128,7 +130,6 @@ def _make(part: Part, store: Store, make: Callable[[], Stats]) -> None:
 
     sizes = part.cell.model.experts, part.cell.model.config["hidden_size"]
     store.put("stats", part.name, write, stats.nbytes(part.cell.extras | part.known(store), *sizes))
-    forget(store, part.stem)
 
 
 def _joined(part: Part, shards: Sequence[Part], store: Store) -> Stats:
@@ -171,14 +172,14 @@ def _calibrate(part: Part, extras: frozenset[str], store: Store) -> Stats:
     from harness.pass_progress import PassProgress
 
     forget_peak()
-    start, left = time.perf_counter(), _left(part, extras, store)
+    start = time.perf_counter()
     with closing(PassProgress(part.name, part.ids.size)) as progress:
-        layers, how = _observed(part, extras, store, left, progress)
+        layers, how, left = _observed(part, extras, store, progress)
     about = {
         **part.fields,
         "layers": how,
-        "seconds": left.seconds + time.perf_counter() - start,
-        "peak_memory": highest(left.peak, peak()),
+        "seconds": time.perf_counter() - start + (left.seconds if left else 0.0),
+        "peak_memory": highest(left.peak if left else {}, peak()),
         "number_of_tokens": int(part.ids.size),
         "asked": sorted(part.cell.extras),
         **provenance(),
@@ -187,9 +188,9 @@ def _calibrate(part: Part, extras: frozenset[str], store: Store) -> Stats:
 
 
 def _observed(
-    part: Part, extras: frozenset[str], store: Store, left: Unfinished, progress: PassProgress
-) -> tuple[Any, str]:
-    """The sums of each layer, and how many of them were in memory at a time."""
+    part: Part, extras: frozenset[str], store: Store, progress: PassProgress
+) -> tuple[Any, str, Unfinished | None]:
+    """The sums of each layer, how many of them were in memory at a time, and what the pass has gone on with."""
     from harness.calibrate import calibrate, calibrate_streamed, packed_batches
     from harness.streaming import open_streamed
 
@@ -203,14 +204,15 @@ def _observed(
             opened = open_streamed(cell.model, text.dtype)
     if room is None:
         made = calibrate(model, _shown(batches, progress), extras, cell.routing, part.all_experts)
-        return made.layers, "all"
+        return made.layers, "all", None
+    left = _left(part, extras, store)
     done = f", goes on: {len(left.layers)} layers are done" if left.layers else ""
     say("calibrate", part.name, f"layer by layer, {len(opened.layers)} layers{done}")
     with store.workspace(f"states-{left.name}") as folder:
         made = calibrate_streamed(
             opened, batches, extras, cell.routing, room.parking(folder), left, part.all_experts, progress
         )
-    return made.layers, "one at a time"
+    return made.layers, "one at a time", left
 
 
 def _left(part: Part, extras: frozenset[str], store: Store) -> Unfinished:

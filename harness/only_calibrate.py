@@ -28,7 +28,7 @@ def main() -> int:
         sweep.check()
         check_whole_models(cells)
         check_texts(texts_of(cells), sweep.store)
-        check_room(cells)
+        check_room(cells, sweep.store)
     sweep.store.sweep_out()
     with interruptible():
         for cell in cells:

@@ -48,8 +48,10 @@ def chooses_a_file(override: Override) -> bool:
 
 def sets_a_value(override: Override) -> bool:
     """Whether it does no more than to give a setting that is there another value."""
-    plain = override.type is OverrideType.CHANGE and not override.package and "/" not in override.key_or_group
-    return plain and not chooses_a_file(override) and not isinstance(override.value(), dict)
+    name = override.key_or_group
+    plain = override.type is OverrideType.CHANGE and not override.package and "/" not in name
+    is_ours = plain and not name.startswith("hydra.")  # Hydra's own part is not in what it composes for a cell
+    return is_ours and not chooses_a_file(override) and not isinstance(override.value(), dict)
 
 
 def _parsed(argument: str) -> Override:

@@ -81,11 +81,11 @@ class Need:
         """With one layer at a time."""
         return self.rest + self.layer + self.batch + 2 * self.hidden + KEPT
 
-    def on_gpus(self, number: int) -> float:
-        """With all of the model on so many GPUs. A layer is on one of them, each computes, and transformers places
-        layers only where there is room for the largest besides.
+    def on_each_of(self, gpus: int) -> float:
+        """On each of so many GPUs, with all of the model on them. transformers shares it out evenly, does not split a
+        layer, and places one only where there is room for the largest besides; and each computes.
         """
-        return self.weights + number * (max(self.layer, self.rest) + self.batch + 2 * self.hidden)
+        return self.weights / gpus + max(self.layer, self.rest) + self.batch + 2 * self.hidden
 
 
 def need(model: Model, dtype: str, tokens: int) -> Need:
@@ -138,7 +138,7 @@ def parked(model: Model, dtype: str, tokens: int, allowed: MaxMemory) -> Parked 
     """
     needed, gpus, ram = need(model, dtype, tokens), allowed.gpus_left(), allowed.ram_left()
     several = gpus[:1] if model.compression is not None else gpus  # what is unpacked here is put on one
-    if needed.on_gpus(len(several)) <= sum(several) if gpus else needed.whole <= ram:
+    if needed.on_each_of(len(several)) <= min(several) if gpus else needed.whole <= ram:
         return None
     left = (gpus[0] if gpus else ram) - needed.one_layer
     if left < 0:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from harness import stats
 from harness.errors import DiskFullError
@@ -31,7 +34,8 @@ class Unfinished:
         self.layers: dict[int, LayerStats] = {}
         self.seconds, self.peak = 0.0, dict[str, int]()  # of the processes before this one
         for path in self._paths("layer"):
-            self._take(stats.load(path))
+            with suppress(SafetensorError, OSError, KeyError, ValueError):  # damaged: it is observed again
+                self._take(stats.load(path))
         self._since = self._saved_at = time.monotonic()
         self._saving = 0.0
 
@@ -75,7 +79,8 @@ class Unfinished:
             self.store.put(KIND, f"{self.name}-states-{layer:04}", make, nbytes)
         except (DiskFullError, _MoreThanStates) as problem:
             why = "this model hands on more than them" if isinstance(problem, _MoreThanStates) else "the disk is full"
-            say("calibrate", self.name, f"hidden states are not kept: {why}. Killed, it begins again from tokens")
+            begins = "where the last were kept" if before else "from tokens"
+            say("calibrate", self.name, f"hidden states are not kept: {why}. Killed, it begins again {begins}")
             self._saving = float("inf")
             return
         for path in before:

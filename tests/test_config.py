@@ -85,9 +85,10 @@ def test_a_grid_on_the_command_line() -> None:
             ["calibration.files=[a,b]", "calibration.files=[c]"],
         ],
         [["ratio=0.25", "ratio=0.5"], ["+method.more=1", "+method.more=2"]],
+        [["ratio=0.25", "ratio=0.5"], ["hydra/launcher=slurm"], ["hydra.launcher.partition=gpu"]],
         [["seed=1", "seed=2"], ["method.reference_compat=true", "method={reference_compat:true}"], ["method=m_smoe"]],
     ],
-    ids=["files and values", "additions", "mappings"],
+    ids=["files and values", "additions", "a launcher", "mappings"],
 )
 def test_where_values_alone_differ_a_cell_is_as_hydra_composes_it(varied: list[list[str]]) -> None:
     jobs = [list(job) for job in itertools.product(*varied)]

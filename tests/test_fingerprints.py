@@ -98,6 +98,34 @@ def test_a_place_that_cannot_be_written_changes_nothing(
     assert len(reads) == 6
 
 
+def test_a_user_without_a_home_has_no_place_for_it_and_needs_none(
+    files: list[Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    settle(monkeypatch)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert fingerprints.of_files(files, "model") == fingerprints.of_files(files, "model")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(
+    files: list[Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing(file: Path) -> Fingerprint:
+        found = inventory.read(file)
+        os.utime(file)
+        return found
+
+    settle(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprints, "read", changing)
+        fingerprints.of_files(files[:1], "model")
+    fingerprints.of_files(files[:1], "model")
+    assert reads == ["a.safetensors"]
+
+
 def test_a_file_that_is_cut_short_is_named(files: list[Path], reads: list[str]) -> None:
     files[1].write_bytes(files[1].read_bytes()[:-100])
     with pytest.raises(UserError, match=r"b\.safetensors"):

@@ -164,14 +164,16 @@ def test_gpus_that_a_model_fills_to_the_brim_take_it_layer_by_layer(tmp_path: Pa
     cell = cell_of(tmp_path)
     monkeypatch.setattr(room, "KEPT", 0)
     needed = need(cell.model, "float32", 128)
-    for each, fits in (
-        (0.55 * needed.weights, False),
-        (needed.on_gpus(2) / 2, True),
-        (needed.on_gpus(2) / 2 - 1, False),
+    enough = needed.on_each_of(2)
+    for free, fits in (
+        ([0.55 * needed.weights] * 2, False),
+        ([enough] * 2, True),
+        ([enough, enough - 1], False),
+        ([10 * needed.weights, enough - 1], False),
     ):
-        monkeypatch.setattr(MaxMemory, "gpus_left", lambda self, each=each: [each, each])
+        monkeypatch.setattr(MaxMemory, "gpus_left", lambda self, free=free: free)
         assert (parked(cell.model, "float32", 128, MaxMemory()) is None) == fits
-    assert needed.on_gpus(1) == needed.whole + max(needed.layer, needed.rest)
+    assert needed.on_each_of(1) == needed.whole + max(needed.layer, needed.rest)
 
 
 def test_errors_of_a_model_that_does_not_fit_are_those_of_the_whole(tmp_path: Path, monkeypatch) -> None:
@@ -244,6 +246,13 @@ def test_only_statistics_are_gathered(tmp_path: Path, monkeypatch) -> None:
 def test_what_cannot_be_gathered_is_refused(arguments: list[str], message: str, tmp_path, monkeypatch, capsys) -> None:
     assert calibrated(monkeypatch, f"store={tmp_path / 'store'}", *arguments) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "store").exists()
+
+
+def test_what_a_pass_may_take_is_of_no_interest_where_there_is_none(tmp_path: Path, monkeypatch) -> None:
+    asked = [f"store={tmp_path}", "method=reap"]
+    assert calibrated(monkeypatch, *asked) == 0
+    assert calibrated(monkeypatch, *asked, "max_memory.ram=0.1") == 0
+    assert calibrated(monkeypatch, *asked, "max_memory.ram=0.1", "calibration.sequences=7") == 2
 
 
 KILLED = """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import gather, only_calibrate, room, stats, unfinished
+from harness import gather, one_pass, only_calibrate, room, stats, unfinished
 from harness.errors import DiskFullError
 from harness.models import Model
 from harness.parking import write
@@ -81,8 +81,17 @@ def without_form(states: Path) -> None:
     (states / FORM).unlink()
 
 
-@pytest.mark.parametrize("damage", [None, zeros, shorter, without_form])
-def test_states_that_are_damaged_are_made_again(
+def sums_gone(states: Path) -> None:
+    (states.parent / "x-layer-0000.safetensors").unlink()
+
+
+def sums_cut(states: Path) -> None:
+    file = states.parent / "x-layer-0000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("damage", [None, zeros, shorter, without_form, sums_gone, sums_cut])
+def test_what_is_damaged_or_gone_is_made_again(
     model: Model,
     whole: Stats,
     tmp_path: Path,
@@ -166,6 +175,48 @@ def test_what_was_found_of_it_in_another_way_goes_too(tmp_path: Path, capsys: py
     assert same(found, gathered(tmp_path))
     assert [path.name[:16] for path in folder.iterdir()] == [16 * "b"]
     assert "layer by layer, 4 layers" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("layered")
+def test_killed_before_it_is_forgotten_the_next_command_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(store: Store, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(one_pass, "forget", killed)
+        gathered(tmp_path)
+    assert list((tmp_path / "unfinished").iterdir()) and list((tmp_path / "stats").iterdir())
+    gathered(tmp_path)
+    assert not list((tmp_path / "unfinished").iterdir()) and "cached" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("layered")
+def test_what_was_thrown_away_is_in_no_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of the whole model goes on with nothing."""
+    clock = itertools.count(step=1000)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(unfinished, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        patched.setattr(one_pass, "forget", lambda *_: None)
+        patched.setattr(stats, "save", _after(2, stats.save))
+        gathered(tmp_path)
+    monkeypatch.setattr(MaxMemory, "ram_left", lambda self: float("inf"))
+    found = gathered(tmp_path)
+    assert found.provenance["layers"] == "all" and found.provenance["seconds"] < 1000
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def _after(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is interrupted after so many calls."""
+    left = iter(range(calls))
+
+    def call(*given: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    return call
 
 
 @pytest.mark.usefixtures("layered")
