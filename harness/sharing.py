@@ -20,7 +20,7 @@ class Sharing:
 
     def __init__(self) -> None:
         self._known: dict[Any, list[Tensor]] = {}
-        self._shared: list[tuple[weakref.ref[Tensor], int]] = []  # and how often each was written to
+        self._shared: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id; and how often each was written to
 
     def look(self, frame: FrameType | None, hidden: Tensor, is_first: bool) -> None:
         """Take what a pass that waits in this frame holds, but for its hidden states: of the first pass, to be shared;
@@ -36,19 +36,25 @@ class Sharing:
             self._share(tensor)
 
     def _share(self, tensor: Tensor) -> None:
-        for known in self._known.get(_kind(tensor), ()):
-            if known.data_ptr() == tensor.data_ptr():
-                return
+        alike = self._known.get(_kind(tensor), [])
+        if any(known.data_ptr() == tensor.data_ptr() for known in alike):
+            return
+        for known in alike:
             if torch.equal(known, tensor):
                 tensor.data = known.data
-                self._shared += [(weakref.ref(one), one._version) for one in (known, tensor)]
+                self._watch(known, tensor)
                 return
+
+    def _watch(self, *shared: Tensor) -> None:
+        for one in shared:
+            seen = self._shared.get(id(one))
+            if seen is None or seen[0]() is not one:
+                self._shared[id(one)] = (weakref.ref(one), one._version)
 
     def check(self, model: str) -> None:
         """Raise StageError if a pass has written to what others share with it: it would be wrong in theirs."""
-        living = [(one, version) for one, version in self._shared if one() is not None]
-        self._shared = list({id(one()): (one, version) for one, version in living}.values())
-        if any((tensor := one()) is not None and tensor._version != version for one, version in self._shared):
+        self._shared = {number: seen for number, seen in self._shared.items() if seen[0]() is not None}
+        if any((tensor := one()) is not None and tensor._version != version for one, version in self._shared.values()):
             raise StageError(
                 f"{model} changes in place what it hands from layer to layer. Such a model cannot be calibrated layer "
                 "by layer, only whole."

@@ -173,6 +173,7 @@ def test_gpus_that_a_model_fills_to_the_brim_take_it_layer_by_layer(tmp_path: Pa
     ):
         monkeypatch.setattr(MaxMemory, "gpus_left", lambda self, free=free: free)
         assert (parked(cell.model, "float32", 128, MaxMemory()) is None) == fits
+    assert parked(cell.model, "float32", 128, MaxMemory()).parking(tmp_path).spare > 0, "of what others take"
     assert needed.on_each_of(1) == needed.whole + max(needed.layer, needed.rest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,22 @@ def test_more_passes_hold_no_more_masks(kind: str, tmp_path: Path) -> None:
     assert held(kind, tmp_path, 6) == held(kind, tmp_path, 2) > 0
 
 
-def test_a_model_that_changes_what_is_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_pass_that_changes_what_is_shared_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: int
+) -> None:
+    """Whether it is its own or another's."""
     streamed = open_streamed(write_model("gpt_oss", tmp_path / "model"), "float32")
     layer = streamed.layers[1]
-    forward = layer.forward
+    forward, passing = layer.forward, itertools.count()
 
     def changing(hidden: torch.Tensor, attention_mask: torch.Tensor, **given: Any) -> Any:
-        attention_mask.mul_(1)
+        if next(passing) == changed:
+            attention_mask.mul_(1)
         return forward(hidden, attention_mask=attention_mask, **given)
 
     monkeypatch.setattr(layer, "forward", changing)
-    ids = torch.arange(96).view(2, 48)
+    ids = torch.arange(1, 193).view(2, 96)  # longer than the window, so that the layers' masks differ
     passes = Passes(streamed, [(one[None], torch.ones_like(one[None])) for one in ids], Parking(0, 0, tmp_path))
     with pytest.raises(StageError, match="changes in place"):
         list(passes.layers(lambda batch: None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -233,6 +235,26 @@ def test_the_seconds_of_all_processes_are_told(tmp_path: Path, monkeypatch: pyte
         gathered(tmp_path)
     found = gathered(tmp_path)
     assert found.provenance["seconds"] > 1000 * len(found.layers)
+
+
+def test_nothing_goes_on_that_another_device_or_version_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = cell_of(tmp_path)
+    part = one_pass.whole(cell, np.zeros((2, 8), np.int64))
+    names = [one_pass._left(part, NONE, Store(tmp_path)).name]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        names.append(one_pass._left(part, NONE, Store(tmp_path)).name)
+    versions = importlib.metadata.version
+    for changed in ("torch", "compressed-tensors"):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                importlib.metadata, "version", lambda name, changed=changed: "9" if name == changed else versions(name)
+            )
+            names.append(one_pass._left(part, NONE, Store(tmp_path)).name)
+    names.append(one_pass._left(part, frozenset({"coactivation"}), Store(tmp_path)).name)
+    assert len(set(names)) == 5 and {name[:16] for name in names} == {part.stem}
 
 
 def test_of_processes_with_and_without_a_gpu_the_higher_peaks_are_told() -> None:
