@@ -337,7 +337,7 @@ def reason(error: Exception) -> str:
     """The last words of an engine's log that say what went wrong, or the error's own."""
     text = f"{log_tail_of(error) or ''}\n{error}"
     found = [words for words in re.findall(r"((?:\w+Error|Exception): [^\n]{4,})", text) if "Engine core" not in words]
-    return re.sub(r"\s+", " ", found[-1] if found else str(error)).partition(". So ")[0][:100].replace("|", "/")
+    return re.sub(r"\s+", " ", found[-1] if found else str(error)).partition(". So ")[0][:100].strip().replace("|", "/")
 
 
 def row(kind: str, with_engine: bool) -> dict[str, str]:

@@ -636,7 +636,13 @@ def combination_cases() -> dict[str, Case]:
         "own counts in a stock checkpoint": (["allocation=evoesap", "serve=checkpoint"], ["one for all", "serve=plan"]),
         "a total in a stock checkpoint": (["method=rco", "serve=checkpoint"], ["one for all", "RCO"]),
         "own counts among groups of experts": (
-            ["serve=hf", "model.path={world}/models/grouped", "allocation=global_score", "ratio=0"],
+            [
+                "serve=hf",
+                "model.path={world}/models/grouped",
+                "allocation=global_score",
+                "ratio=0",
+                "calibration.length=64",
+            ],
             ["n_group"],
         ),
         "groups that the ratio breaks": (
