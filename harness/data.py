@@ -186,14 +186,11 @@ class Calibration:
         if tokenizer.chat_template is None:
             return "\n".join(str(message.get("content", "")) for message in document.messages)
         tools = document.tools or (self._tools if document.calls_tools else None)
+        dated = {"strftime_now": TODAY.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    document.messages,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=False,
-                    strftime_now=TODAY.strftime,
+                    document.messages, tools=tools, tokenize=False, add_generation_prompt=False, **dated
                 )
             )
         except Exception as error:  # a template may refuse a chat, in words of its own

@@ -26,7 +26,8 @@ class Sharing:
         """Take what a pass that waits in this frame holds, but for its hidden states: of the first pass, to be shared;
         of another, to share it.
         """
-        found = [tensor for tensor in _held(frame) if tensor is not hidden and tensor.nbytes >= SMALL]
+        held = (tensor for tensor in _held(frame) if tensor is not hidden)
+        found = [tensor for tensor in held if tensor.untyped_storage().nbytes() >= SMALL]  # not what was released
         if is_first:
             self._known = {}
             for tensor in found:
