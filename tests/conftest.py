@@ -1,18 +1,23 @@
-"""Small real mixture-of-experts models, built in the test, no network."""
+"""Small real mixture-of-experts models, built in the test, no network.
+
+What takes seconds to import is imported where it is used: the process that hands tests out to others needs none of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from harness.build import build
 from harness.models import ROOT, Model
-from harness.serve import VLLM
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from harness.serve import VLLM
 
 SHARED = ROOT.parent / "shared"
 EXPERTS, TOP_K, HIDDEN = 8, 2, 32
@@ -20,11 +25,15 @@ EXPERTS, TOP_K, HIDDEN = 8, 2, 32
 
 def vllm(**changes: object) -> VLLM:
     """vLLM as conf/serve/vllm.yaml sets it up, with these changes."""
+    from harness.build import build
+
     return build("serve", {**conf("serve/vllm.yaml"), **changes})
 
 
 def conf(file: str) -> dict[str, object]:
     """A file of conf/ as it stands."""
+    from omegaconf import OmegaConf
+
     return dict(OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / file)))
 
 
@@ -38,6 +47,8 @@ def needs_shared(path: str) -> Path:
 
 def family_config(family: str) -> PreTrainedConfig:
     """A tiny architecture of this family: 8 experts, top-2, 3 layers (glm4_moe: the first dense)."""
+    from transformers import Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+
     common = {
         "vocab_size": 97,
         "hidden_size": HIDDEN,
@@ -73,6 +84,9 @@ FAMILIES = ("qwen3_moe", "mixtral", "glm4_moe")
 
 def write_model(family: str, folder: Path, change: Callable[[torch.nn.Module], None] | None = None, **save) -> Model:
     """A random float32 model of the family on disk; ``change`` may plant something in its weights first."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family_config(family), dtype=torch.float32)
     for parameter in model.parameters():
@@ -101,6 +115,8 @@ def qwen_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def token_batches(batches: int = 3, padded: bool = True) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Random ids and masks, [2, 24] each; some rows right-padded."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     result = []
     for batch in range(batches):

@@ -34,8 +34,11 @@ def temporary(store: Path) -> Path:
 
 
 def environment(store: Path) -> dict[str, str]:
-    """Ours, with a folder for temporary files that the test can look into."""
-    return {**os.environ, "TMPDIR": str(temporary(store))}
+    """Ours, with a folder for temporary files that the test can look into; torch's cache, which later runs use, is not
+    in it.
+    """
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor-tests"))
+    return {**os.environ, "TMPDIR": str(temporary(store)), "TORCHINDUCTOR_CACHE_DIR": cache}
 
 
 def temporary_files(store: Path) -> list[Path]:

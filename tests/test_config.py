@@ -45,7 +45,7 @@ def test_every_option_composes(group: str, option: str) -> None:
         needs_shared("data/evalplus")
     if (group, option) == ("model", "smol_dense") and not (ROOT / "results" / "models" / option).exists():
         pytest.skip("smol_dense is not built in this checkout (./bench smol)")
-    few = ["seed=42", "ratio=0.5", "method=none,reap"] if group == "experiment" else MORE.get((group, option), [])
+    few = ["seed=42", "ratio=0.5", "method=reap"] if group == "experiment" else MORE.get((group, option), [])
     found = expand([f"{group}={option}", *few, "dry_run=true"])
     assert all(isinstance(cell, Cell) for cell in found.cells)
     assert all(cell.label and (cell.tasks or option in EMPTY) for cell in found.cells)

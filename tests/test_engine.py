@@ -184,26 +184,25 @@ def test_transformers_serves_the_same_numbers_by_the_same_contract(tmp_path: Pat
     prompts = ["The quick brown fox", "def add(a, b):\n", "17 + 25 = ", "x"]
     settings = {"max_tokens": 24, "stop": [], "timeout_s": 60.0}
     hf = build("serve", {**conf("serve/hf.yaml"), "dtype": "float32", "max_model_len": 256})
-    for name in ("mixed", "merged"):
-        with engine("swap").serve(family.weights(name), "tiny", tmp_path / "log") as served:
-            expected = complete(served.llm, prompts, **settings)
-        stop = [expected[0].text[5:8]]
-        with hf.serve(family.weights(name), "tiny", tmp_path / "hf") as served:
-            assert served.how == "transformers" and served.weight_bytes
-            assert difference(served, family.expected(name)) < CLOSE
-            assert complete(served.llm, prompts, **settings) == expected
-            before = throughput.counters(throughput.metrics(served.llm.url))
-            cut, *_ = complete(served.llm, prompts, **{**settings, "stop": stop})
-            assert (cut.text, cut.finish_reason) == (expected[0].text[: expected[0].text.index(stop[0])], "stop")
-            between = throughput.counters(throughput.metrics(served.llm.url))
-            complete(served.llm, prompts, **settings)
-            speed = throughput.between(between, throughput.counters(throughput.metrics(served.llm.url)), 1.0)
-            assert speed is not None and speed["generated_tokens"] == 4 * 24
-            speed = throughput.between(before, between, 1.0)
-            assert speed is not None and speed["generated_tokens"] < 4 * 24, "none is counted after a stop sequence"
-            url = served.llm.url
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health", trust_env=False)
+    with engine("swap").serve(family.weights("mixed"), "tiny", tmp_path / "log") as served:
+        expected = complete(served.llm, prompts, **settings)
+    stop = [expected[0].text[5:8]]
+    with hf.serve(family.weights("mixed"), "tiny", tmp_path / "hf") as served:
+        assert served.how == "transformers" and served.weight_bytes
+        assert difference(served, family.expected("mixed")) < CLOSE
+        assert complete(served.llm, prompts, **settings) == expected
+        before = throughput.counters(throughput.metrics(served.llm.url))
+        cut, *_ = complete(served.llm, prompts, **{**settings, "stop": stop})
+        assert (cut.text, cut.finish_reason) == (expected[0].text[: expected[0].text.index(stop[0])], "stop")
+        between = throughput.counters(throughput.metrics(served.llm.url))
+        complete(served.llm, prompts, **settings)
+        speed = throughput.between(between, throughput.counters(throughput.metrics(served.llm.url)), 1.0)
+        assert speed is not None and speed["generated_tokens"] == 4 * 24
+        speed = throughput.between(before, between, 1.0)
+        assert speed is not None and speed["generated_tokens"] < 4 * 24, "none is counted after a stop sequence"
+        url = served.llm.url
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health", trust_env=False)
     serve.release()
 
 

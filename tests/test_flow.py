@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.runs import bench, servers, temporary_files
+from harness import gather, stages
+from harness.store import Store
+from harness.sweep import expand
+from tests.runs import SWEEP, bench, servers, temporary_files
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +68,13 @@ def test_the_same_command_again_is_cached_and_prints_the_same(
 
 
 def test_a_new_method_uses_the_statistics_that_are_there(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(finished[0], store)
-    done = bench(store, "method=ean", "suite=tiny_sums", "serve=hf")
-    assert done.returncode == 0, done.stderr
-    assert any(line.startswith("calibrate") and line.endswith("cached") for line in done.stderr.splitlines())
+    (cell,) = expand([*SWEEP[1:], "method=ean", f"store={finished[0]}"]).cells
+    made = stages.plan(cell, gather.statistics(cell, Store(finished[0])), Store(finished[0]))
+    assert made.layers
+    said = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("calibrate") and line.endswith("cached") for line in said)
 
 
 @pytest.mark.slow

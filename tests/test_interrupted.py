@@ -42,10 +42,12 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path, how: str) -> None:
     assert temporary_files(store) == []
 
 
-@pytest.mark.parametrize("how", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    "times, how",
+    [(2, "hf"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "hf"), (1, "vllm"), (2, "vllm")))],
+)
 def test_while_a_server_starts_the_first_ends_it_soon_and_the_second_at_once(
-    tmp_path: Path, how: str, times: int
+    tmp_path: Path, times: int, how: str
 ) -> None:
     store = tmp_path / "store"
     process = subprocess.Popen(

@@ -260,7 +260,10 @@ with build("serve", {**conf(sys.argv[2]), **settings}).serve(Weights(folder), "t
 
 @pytest.mark.parametrize(
     "kind, victim",
-    [("vllm", "harness"), pytest.param("vllm", "host", marks=pytest.mark.slow), ("hf", "harness")],
+    [
+        ("vllm", "harness"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("vllm", "host"), ("hf", "harness"))),
+    ],
 )
 def test_killing_us_or_the_host_leaves_no_process(folder: Path, kind: str, victim: str):
     harness = subprocess.Popen(
