@@ -96,11 +96,12 @@ def test_recovered_and_sliced_models_go_through_the_same_flow(tmp_path: Path) ->
     assert temporary_files(store) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
         (["serve=hf", "serve.startup_timeout_s=0.5"], "startup_timeout_s"),
-        pytest.param(["serve.extra_args=[--no-such-argument]"], "no-such-argument", marks=pytest.mark.slow),
+        (["serve.extra_args=[--no-such-argument]"], "no-such-argument"),
     ],
     ids=["transformers", "vllm"],
 )

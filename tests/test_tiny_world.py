@@ -265,6 +265,7 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert [recipe.rate_at(step) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
 
 
+@pytest.mark.slow
 def test_training_runs_logs_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     recipe = train.Recipe(steps=4, warmup=1, decay=2, rows=2, length=32)
