@@ -9,7 +9,6 @@ import base64
 import functools
 import json
 import shlex
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from harness.items import Items, Values, values
 from harness.plot import plot
 from harness.rows import CELL
 from harness.spec import Row
+from harness.store import Store
 from harness.sweep import Sweep
 from tasks import Item
 
@@ -109,7 +109,7 @@ def _sections(
         "Scores",
         [*lines[:3], *(line for line in [agreement(tidy)] if line), *failed],
         [_table(table) for table in of_scores.values()],
-        list(_drawn([_scores_figure(tidy)] if (tidy["status"] == "done").any() else [])),
+        list(_drawn([_scores_figure(tidy)] if (tidy["status"] == "done").any() else [], sweep.store)),
     )
     if len(tests[AGAINST]):
         words = (
@@ -132,11 +132,11 @@ def _sections(
         )
         judged = _table(claims.table(found), index=False)
         yield Section("claims", "The paper's claims here", [words], [judged], wraps=True)
-    if drawn := list(_drawn(figures.of_sweep(sweep, tidy))):
+    if drawn := list(_drawn(figures.of_sweep(sweep, tidy), sweep.store)):
         yield Section("figures", "Figures", [], [], drawn)
     if analyses:
         table = analyse.table(analyse.frame(analyses, (cell.row for cell in sweep.cells)))
-        pictures = list(_drawn(analysis_figures.all_figures(sweep, analyses)))
+        pictures = list(_drawn(analysis_figures.all_figures(sweep, analyses), sweep.store))
         yield Section("analyses", "The paper's analyses here", [], [_table(table)], pictures)
     rest = [made[name] for name in ("costs", "serving", "errors") if name in made]
     if rest:
@@ -148,11 +148,11 @@ def _scores_figure(tidy: pd.DataFrame) -> Figure:
     return Figure("Scores", caption, functools.partial(plot, tidy))
 
 
-def _drawn(found: Iterable[Figure]) -> Iterator[dict[str, str]]:
-    """Figures as PNG in base64."""
-    with tempfile.TemporaryDirectory(prefix="page-") as folder:
+def _drawn(found: Iterable[Figure], store: Store) -> Iterator[dict[str, str]]:
+    """Figures as PNG in base64. Killed meanwhile, the folder is swept out of the store by the next run."""
+    with store.workspace("page") as folder:
         for figure in found:
-            path = Path(folder) / "figure.png"
+            path = folder / "figure.png"
             figure.draw("png", path)
             png = base64.b64encode(path.read_bytes()).decode()
             yield {"title": figure.title, "caption": figure.caption, "png": png}

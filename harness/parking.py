@@ -4,7 +4,6 @@ machine's memory, then on disk.
 
 from __future__ import annotations
 
-import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
+
+from harness.store import sync
 
 
 @dataclass
@@ -85,8 +86,7 @@ def write(tensor: Tensor, file: Path) -> None:
 def write_lasting(tensor: Tensor, file: Path) -> int:
     """The same, on the disk when this returns; their checksum."""
     write(tensor, file)
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    sync(file)
     return zlib.crc32(_bytes(tensor))
 
 

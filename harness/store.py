@@ -70,11 +70,11 @@ class Store:
             remove(temporary)
             try:
                 make(temporary)
-                _sync(temporary)
+                sync(temporary)
                 if temporary.is_dir():
                     remove(path)
                 temporary.replace(path)
-                _sync(path.parent)
+                sync(path.parent)
             finally:
                 remove(temporary)
         return path
@@ -212,7 +212,8 @@ def _size(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
